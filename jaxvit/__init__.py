@@ -1,0 +1,28 @@
+"""Vision Transformers as JAX values: every internal token and attention weight can be read.
+
+model = jaxvit.load(folder)
+out = model(jaxvit.prepare("photo.jpg", model.config), record=("pattern",))
+out.cls, out.registers, out.patches, out.trace["pattern"]
+"""
+
+from jaxvit.checkpoint import CheckpointError, load, read_config, save
+from jaxvit.config import Preprocess, ViTConfig
+from jaxvit.params import cast, functional
+from jaxvit.tokens import TokenLayout
+from jaxvit.vit import SITES, Output, Take, ViT
+
+__all__ = [
+    "SITES",
+    "CheckpointError",
+    "Output",
+    "Preprocess",
+    "Take",
+    "TokenLayout",
+    "ViT",
+    "ViTConfig",
+    "cast",
+    "functional",
+    "load",
+    "read_config",
+    "save",
+]

@@ -1,0 +1,149 @@
+"""A model on disk: a folder of `model.safetensors` and `config.json`, and `parity.json` once it was verified."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxvit.config import ViTConfig
+from jaxvit.params import abstract, enabled, from_params, to_params
+from jaxvit.vit import ViT
+
+WEIGHTS, CONFIG, PARITY = "model.safetensors", "config.json", "parity.json"
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A folder that is not a complete jaxvit model, or cannot be written."""
+
+
+def save(
+    model: ViT, folder: str | os.PathLike[str], *, source: Mapping[str, Any] | None = None, overwrite: bool = False
+) -> Path:
+    """Writes the model to a new folder: all of it or nothing.
+
+    Everything is written under a temporary name next to `folder`, which is then renamed.
+
+    Args:
+      source: where the weights come from, kept in config.json (names, checksums, versions).
+      overwrite: replace `folder` if it already holds a jaxvit model; anything else is never replaced.
+
+    Raises:
+      CheckpointError: the folder exists, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and any_entry(folder):
+        if not (folder / CONFIG).exists():
+            raise CheckpointError(f"{folder} exists and is not a jaxvit model: choose another folder")
+        if not overwrite:
+            raise CheckpointError(f"{folder} already holds a model: choose another folder, or overwrite it")
+    config = {"format": FORMAT, "config": model.config.to_dict(), "source": dict(source or {})}
+    arrays = {name: np.asarray(leaf) for name, leaf in to_params(model).items()}
+    with replacing(folder) as temporary:
+        save_file(arrays, temporary / WEIGHTS)
+        (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    return folder
+
+
+def any_entry(folder: Path) -> bool:
+    return not folder.is_dir() or any(folder.iterdir())
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` if the block succeeds, and disappears if it fails."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from None
+    try:
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        yield temporary
+        old = None
+        if folder.exists():
+            old = temporary.with_name(temporary.name + ".old")
+            folder.rename(old)
+        temporary.rename(folder)
+        if old:
+            shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_config(folder: str | os.PathLike[str]) -> tuple[ViTConfig, dict[str, Any]]:
+    """The config of a saved model, and what is known of its source.
+
+    Raises:
+      CheckpointError: no such folder, no config.json in it, or one that does not make sense.
+    """
+    folder = Path(folder)
+    path = folder / CONFIG
+    if not path.is_file():
+        what = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise CheckpointError(f"{folder} {what}: expected a folder written by jaxvit.save or python -m convert")
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"{path} is of format {content['format']}; this version reads format {FORMAT}")
+        return ViTConfig.from_dict(content["config"]), content["source"]
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not the config of a jaxvit model: {error!r}") from error
+
+
+def load(folder: str | os.PathLike[str]) -> ViT:
+    """Reads a model that `save` or `python -m convert` wrote.
+
+    Raises:
+      CheckpointError: a missing, truncated or foreign file, or parameters whose names, shapes or dtypes do not fit
+        the config; all offenders are listed.
+    """
+    folder = Path(folder)
+    config, _ = read_config(folder)
+    arrays = read_safetensors(folder / WEIGHTS)
+    expected = to_params(abstract(config))
+    dtypes = {str(a.dtype) for a in arrays.values()}
+    problems = [f"{name} is missing" for name in expected if name not in arrays]
+    problems += [f"{name} is not expected" for name in arrays if name not in expected]
+    problems += [
+        f"{name} has shape {list(a.shape)}, expected {list(expected[name].shape)}"
+        for name, a in arrays.items()
+        if name in expected and a.shape != expected[name].shape
+    ]
+    if len(dtypes) > 1 or not dtypes <= {"float32", "float16", "bfloat16", "float64"}:
+        problems.append(f"dtypes are {sorted(dtypes)}, expected one floating-point type")
+    elif not all(map(enabled, dtypes)):
+        problems.append(f"parameters are {dtypes.pop()}, which JAX has disabled: set JAX_ENABLE_X64=1")
+    if problems:
+        raise CheckpointError(f"{folder / WEIGHTS} does not fit its config: " + "; ".join(problems))
+    return from_params(config, {name: jnp.asarray(a) for name, a in arrays.items()})
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Name -> array of a safetensors file; bfloat16 included, which NumPy has through ml_dtypes.
+
+    Raises:
+      CheckpointError: a missing, truncated or foreign file.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="numpy") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error

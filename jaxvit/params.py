@@ -1,0 +1,77 @@
+"""A model as a plain dict of named arrays, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxvit.config import ViTConfig
+from jaxvit.vit import Output, ViT
+
+Params = dict[str, Any]
+"""Dotted parameter name -> array. Those of the blocks have a leading axis L: `blocks.attn.qkv.kernel` is [L, D, 3D]."""
+
+
+def abstract(config: ViTConfig) -> ViT:
+    """A model of shapes and dtypes alone, which takes no memory: what `config` expects of its parameters."""
+    return jax.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))
+
+
+def to_params(model: ViT) -> Params:
+    """The model's parameters by name, in a fixed order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def from_params(config: ViTConfig, params: Mapping[str, Any]) -> ViT:
+    """The model with these parameters. Works on arrays, on tracers, and on parameters with extra leading axes.
+
+    Raises:
+      ValueError: names that are missing or too many; all of them are listed.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract(config))
+    names = [_name(path) for path, _ in leaves]
+    if set(names) != set(params):
+        missing, extra = sorted(set(names) - set(params)), sorted(set(params) - set(names))
+        raise ValueError(f"parameters do not fit the config: missing {missing}, not expected {extra}")
+    return jax.tree.unflatten(structure, [params[name] for name in names])
+
+
+def functional(model: ViT) -> tuple[Callable[..., Output], Params]:
+    """`(apply, params)` with `apply(params, images, record=()) -> Output`, the model as a function of a plain dict.
+
+    For hot loops, optimisers and export: a dict of arrays costs less to pass to a compiled function than a module.
+    """
+    config = model.config
+
+    def apply(params: Mapping[str, Any], *args: Any, **kwargs: Any) -> Output:
+        return from_params(config, params)(*args, **kwargs)
+
+    return apply, to_params(model)
+
+
+def cast(model: ViT, dtype: DTypeLike) -> ViT:
+    """The same model with its parameters, and so its arithmetic, in another floating-point type.
+
+    Raises:
+      ValueError: float64 is asked for while JAX has it disabled.
+    """
+    if not enabled(dtype):
+        raise ValueError(f"{np.dtype(dtype)} is disabled: run under `jax.enable_x64(True)` or set JAX_ENABLE_X64=1")
+    return jax.tree.map(lambda a: jnp.asarray(a, dtype), model)
+
+
+def enabled(dtype: DTypeLike) -> bool:
+    """Whether JAX keeps arrays of this type as they are; 64 bits have to be switched on."""
+    return jax.dtypes.canonicalize_dtype(dtype) == np.dtype(dtype)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    # A parameter is a Variable, whose one leaf hangs below it under the name "value".
+    return ".".join(key.name for key in path[:-1])

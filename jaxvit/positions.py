@@ -1,0 +1,59 @@
+"""Positions learned on one grid of patches, brought to another.
+
+Every rule in use is linear and separable, so it is two small matrices, one per axis, computed in float64. Three rules
+are needed, because the libraries that publish the same checkpoints do not agree:
+
+  rule                kernel             antialiased   sample i of n, from 0 .. N - 1   who
+  bicubic_antialias   cubic, a = -0.5    yes           (i + 1/2) N/n - 1/2              timm; DINOv2 with registers
+  bicubic             cubic, a = -0.75   no            (i + 1/2) N/n - 1/2              transformers' DINOv2, CLIP
+  bicubic_offset      cubic, a = -0.75   no            (i + 1/2) N/(n + 0.1) - 1/2      DINO, DINOv2's own code
+
+All three are what `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)` computes: with
+`antialias=True`, with `size=`, and with `scale_factor=(n + 0.1) / N`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxvit.config import Resampling
+
+
+def cubic(x: np.ndarray, a: float) -> np.ndarray:
+    """Keys' cubic convolution kernel: 1 at 0, 0 at the other integers and outside (-2, 2)."""
+    x = np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+def resampling_matrix(n_in: int, n_out: int, rule: Resampling) -> np.ndarray:
+    """[n_out, n_in] float64, rows summing to 1: multiply a signal of n_in samples by it to get n_out samples."""
+    out, source = np.arange(n_out)[:, None], np.arange(n_in)
+    if rule == "bicubic_antialias":  # the kernel is stretched when shrinking, cut off at the border, and renormalised
+        scale = n_in / n_out
+        stretch = max(scale, 1.0)
+        weights = cubic((source + 0.5 - (out + 0.5) * scale) / stretch, a=-0.5)
+        return weights / weights.sum(axis=1, keepdims=True)
+    ratio = (n_out + 0.1) / n_in if rule == "bicubic_offset" else n_out / n_in
+    center = (out + 0.5) / ratio - 0.5
+    taps = np.floor(center).astype(int) + np.arange(-1, 3)  # [n_out, 4]; taps beyond the border read the border
+    matrix = np.zeros((n_out, n_in))
+    np.add.at(matrix, (out, taps.clip(0, n_in - 1)), cubic(center - taps, a=-0.75))
+    return matrix
+
+
+def resample_positions(
+    positions_hwD: Float[Array, "h w D"], grid: tuple[int, int], rule: Resampling
+) -> Float[Array, "h2 w2 D"]:
+    """Positions for a grid of another size; on their own grid they are returned unchanged."""
+    if positions_hwD.shape[:2] == grid:
+        return positions_hwD
+    rows, columns = (
+        jnp.asarray(resampling_matrix(n_in, n_out, rule), positions_hwD.dtype)
+        for n_in, n_out in zip(positions_hwD.shape[:2], grid, strict=True)
+    )
+    return jnp.einsum("ih,hwd,jw->ijd", rows, positions_hwD, columns, precision=jax.lax.Precision.HIGHEST)

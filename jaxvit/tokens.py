@@ -1,0 +1,46 @@
+"""Where each token stands: [CLS], registers, patches in row-major order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The sequence [CLS, register 1 .. register R, patch (0, 0) .. patch (rows - 1, columns - 1)].
+
+    A *group* is a set of tokens that is read or edited as one: group 0 is [CLS], groups 1 to R are the registers one
+    by one, group R + 1 is all the patches.
+    """
+
+    registers: int
+    grid: tuple[int, int]
+
+    @property
+    def prefix(self) -> int:
+        """Number of tokens before the patches, 1 + R."""
+        return 1 + self.registers
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix + self.patches
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        return ("cls", *(f"register {i}" for i in range(1, self.prefix)), "patches")
+
+    @property
+    def groups(self) -> np.ndarray:
+        """[T], the group each token belongs to."""
+        return np.minimum(np.arange(self.tokens), self.prefix)
+
+    @property
+    def membership(self) -> np.ndarray:
+        """[T, G] of 0 and 1: multiply a row of attention by it to get the mass on each group."""
+        return (self.groups[:, None] == np.arange(self.prefix + 1)).astype(np.float32)

@@ -1,0 +1,300 @@
+"""The model: images in, tokens out, with every internal value named in passing.
+
+Axes: B batch, T tokens, D width, H heads, d head size, F hidden, L depth, N patches, R registers, P prefix = 1 + R,
+Q recorded query rows (P or T).
+
+The modules are Flax NNX, used as plain pytrees: nothing here mutates, so every `jax` transformation takes a model as
+an argument. All blocks are one `Block` whose parameters have a leading axis L, run under `jax.lax.scan`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxvit.config import ViTConfig
+from jaxvit.positions import resample_positions
+from jaxvit.tokens import TokenLayout
+
+SITES = {
+    "resid_pre": "B T D",  # input of the block; of block 0: the embedding
+    "q": "B T H d",  # what enters the dot product
+    "k": "B T H d",
+    "v": "B T H d",
+    "scores": "B H Q T",  # after 1/sqrt(d), before the softmax
+    "pattern": "B H Q T",  # after the softmax
+    "z": "B T H d",  # outputs of the heads, before the output projection
+    "attn_out": "B T D",  # after LayerScale: what is added to the stream
+    "skip_attn": "B T D",  # the identity branch it is added to
+    "resid_mid": "B T D",  # skip_attn + attn_out
+    "mlp_pre": "B T F",  # before the activation (SwiGLU: the gate)
+    "mlp_post": "B T F",  # what the last matrix of the MLP reads (SwiGLU: silu(gate) * value)
+    "mlp_out": "B T D",  # after LayerScale
+    "skip_mlp": "B T D",
+    "resid_post": "B T D",  # skip_mlp + mlp_out, = resid_pre of the next block
+}
+"""Every value that can be recorded, in order of computation, with its axes in one layer."""
+
+ATTENTION_SITES = ("scores", "pattern")
+
+
+@dataclass(frozen=True)
+class Take:
+    """What to record of a site.
+
+    Attributes:
+      layers: one layer, several, or None for all; negative ones count from the end. Traces are in order of depth.
+      tokens: `prefix` keeps [CLS] and the registers, `all` keeps every token; at `scores` and `pattern` these are the
+        query rows. None: the prefix at those two sites, whose full size is T x T a head, and all tokens elsewhere.
+    """
+
+    layers: int | tuple[int, ...] | None = None
+    tokens: Literal["prefix", "all"] | None = None
+
+
+Record = Iterable[str] | Mapping[str, Take]
+Layer = dict[str, bool]  # what one layer records: site -> whether of all tokens
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["cls", "registers", "patches", "tokens", "trace"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class Output:
+    """What a model returns; a pytree.
+
+    Attributes:
+      cls, registers, patches: after the final norm.
+      tokens: the whole sequence before the final norm.
+      trace: site -> [recorded layers, *axes of the site], see `SITES`.
+    """
+
+    cls: Float[Array, "B D"]
+    registers: Float[Array, "B R D"]
+    patches: Float[Array, "B N D"]
+    tokens: Float[Array, "B T D"]
+    trace: dict[str, Array]
+
+
+class Tap:
+    """Names the values of one layer as they go by, and keeps those that were asked for."""
+
+    def __init__(self, wanted: Layer, prefix: int):
+        self.wanted, self.prefix = wanted, prefix
+        self.trace: dict[str, Array] = {}
+
+    def __call__(self, site: str, x: Array) -> Array:
+        if site in self.wanted:
+            axis = 2 if site in ATTENTION_SITES else 1
+            self.trace[site] = x if self.wanted[site] else jax.lax.slice_in_dim(x, 0, self.prefix, axis=axis)
+        return x
+
+    def explicit_rows(self, tokens: int) -> int:
+        """How many query rows, from the first, need their attention weights written out."""
+        asked = [self.wanted[site] for site in ATTENTION_SITES if site in self.wanted]
+        return tokens if any(asked) else self.prefix if asked else 0
+
+
+def layer_norm(c: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # Two passes: Flax's default, E[x^2] - E[x]^2, cancels away the digits of tokens with a large mean.
+    return nnx.LayerNorm(c.width, epsilon=c.eps, use_fast_variance=False, rngs=rngs)
+
+
+class Attention(nnx.Module):
+    def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
+        self.qkv = nnx.Linear(c.width, 3 * c.width, rngs=rngs)
+        self.proj = nnx.Linear(c.width, c.width, rngs=rngs)
+        self.heads = c.heads
+
+    def __call__(self, x_BTD: Array, tap: Tap) -> Array:
+        B, T, D = x_BTD.shape
+        qkv = self.qkv(x_BTD).reshape(B, T, 3, self.heads, D // self.heads)
+        q, k, v = (tap(site, qkv[:, :, i]) for i, site in enumerate("qkv"))
+        z_BTHd = tap("z", self.attend(q, k, v, tap))
+        return self.proj(jax.lax.collapse(z_BTHd, 2))
+
+    def attend(self, q_BTHd: Array, k_BTHd: Array, v_BTHd: Array, tap: Tap) -> Array:
+        """Rows whose weights somebody reads are written out; the others may use a fused kernel."""
+        T = q_BTHd.shape[1]
+        # The fused path always takes its softmax in float32, so float64 is written out too.
+        rows = T if q_BTHd.dtype == jnp.float64 else tap.explicit_rows(T)
+        fused = partial(jax.nn.dot_product_attention, key=k_BTHd, value=v_BTHd)
+        if not rows:
+            return fused(q_BTHd)
+        scores = jnp.einsum("BQHd,BTHd->BHQT", q_BTHd[:, :rows] * q_BTHd.shape[-1] ** -0.5, k_BTHd)
+        pattern = tap("pattern", jax.nn.softmax(tap("scores", scores)))
+        z_BQHd = jnp.einsum("BHQT,BTHd->BQHd", pattern, v_BTHd)
+        return z_BQHd if rows == T else jnp.concatenate([z_BQHd, fused(q_BTHd[:, rows:])], axis=1)
+
+
+class GeluMlp(nnx.Module):
+    def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
+        self.fc1 = nnx.Linear(c.width, c.hidden, rngs=rngs)
+        self.fc2 = nnx.Linear(c.hidden, c.width, rngs=rngs)
+
+    def __call__(self, x_BTD: Array, tap: Tap) -> Array:
+        pre = tap("mlp_pre", self.fc1(x_BTD))
+        return self.fc2(tap("mlp_post", jax.nn.gelu(pre, approximate=False)))
+
+
+class SwigluMlp(nnx.Module):
+    def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
+        self.gate = nnx.Linear(c.width, c.hidden, rngs=rngs)
+        self.value = nnx.Linear(c.width, c.hidden, rngs=rngs)
+        self.out = nnx.Linear(c.hidden, c.width, rngs=rngs)
+
+    def __call__(self, x_BTD: Array, tap: Tap) -> Array:
+        gate = tap("mlp_pre", self.gate(x_BTD))
+        return self.out(tap("mlp_post", jax.nn.silu(gate) * self.value(x_BTD)))
+
+
+MLPS: dict[str, Callable[[ViTConfig, nnx.Rngs], nnx.Module]] = {"gelu": GeluMlp, "swiglu": SwigluMlp}
+
+
+class LayerScale(nnx.Module):
+    def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
+        self.gamma = nnx.Param(jnp.ones(c.width))
+
+    def __call__(self, x_BTD: Array) -> Array:
+        return self.gamma[...][None, None] * x_BTD
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), each branch through its LayerScale."""
+
+    def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
+        self.norm1, self.norm2 = layer_norm(c, rngs), layer_norm(c, rngs)
+        self.attn = Attention(c, rngs)
+        self.mlp = MLPS[c.mlp](c, rngs)
+        self.scale1, self.scale2 = (LayerScale(c, rngs) if c.layer_scale else identity for _ in range(2))
+
+    def __call__(self, x_BTD: Array, tap: Tap) -> Array:
+        x = tap("resid_pre", x_BTD)
+        attn_out = tap("attn_out", self.scale1(self.attn(self.norm1(x), tap)))
+        x = tap("resid_mid", tap("skip_attn", x) + attn_out)
+        mlp_out = tap("mlp_out", self.scale2(self.mlp(self.norm2(x), tap)))
+        return tap("resid_post", tap("skip_mlp", x) + mlp_out)
+
+
+def identity(x: Array) -> Array:
+    return x
+
+
+class ViT(nnx.Module):
+    """A Vision Transformer over [CLS], registers and patches.
+
+    `cls` holds the class token *and* its position, which are only ever used as a sum; registers have no position.
+
+    Args:
+      config: sizes and choices.
+      rngs: for the random initialisation; `nnx.Rngs(0)`.
+    """
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        c = config
+        normal = jax.nn.initializers.truncated_normal(0.02)
+        self.patch_embed = nnx.Linear(3 * c.patch**2, c.width, rngs=rngs)  # rows: y, x, channel within a patch
+        self.cls = nnx.Param(normal(rngs.params(), (c.width,)))
+        self.registers = nnx.Param(normal(rngs.params(), (c.registers, c.width))) if c.registers else None
+        self.positions = nnx.Param(normal(rngs.params(), (*c.grid, c.width)))
+        self.blocks = jax.vmap(lambda key: Block(c, nnx.Rngs(key)))(jax.random.split(rngs.params(), c.depth))
+        self.norm = layer_norm(c, rngs)
+        self.config = c
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The sequence for images of the size the checkpoint's preparation gives; `config.layout` for other sizes."""
+        return self.config.layout()
+
+    def __call__(self, images: Float[Array, "B H W 3"], record: Record = ()) -> Output:
+        """Runs the model.
+
+        Args:
+          images: normalised (see `jaxvit.prepare`), sides multiples of the patch size; cast to the parameters' dtype.
+          record: sites to keep, `("pattern", "resid_post")`, or how much of each, `{"pattern": Take(layers=-1)}`.
+
+        Raises:
+          ValueError: an image size that is not a multiple of the patch, an unknown site, a layer that is not there.
+        """
+        return self.run_from(0, self.embed(images), record)
+
+    def embed(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B T D"]:
+        """The sequence that enters the first block."""
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images have shape {images.shape}; expected [batch, height, width, 3 channels]")
+        layout, p = self.config.layout(*images.shape[1:3]), self.config.patch
+        rows, columns = layout.grid
+        pixels = images.astype(self.patch_embed.kernel.dtype).reshape(-1, rows, p, columns, p, 3)
+        patches_BND = self.patch_embed(pixels.transpose(0, 1, 3, 2, 4, 5).reshape(-1, layout.patches, 3 * p * p))
+        positions = resample_positions(self.positions[...], layout.grid, self.config.resampling)
+        # One sum of [0, patches] and [cls, registers, positions] instead of a concatenation with tokens that must
+        # first be copied for each image: it holds as it is when images are sharded.
+        tokens = [self.cls[...][None], positions.reshape(-1, self.config.width)]
+        if self.registers is not None:
+            tokens.insert(1, self.registers[...])
+        return jnp.pad(patches_BND, ((0, 0), (layout.prefix, 0), (0, 0))) + jnp.concatenate(tokens)[None]
+
+    def run_from(self, layer: int, resid_BTD: Float[Array, "B T D"], record: Record = ()) -> Output:
+        """Runs blocks `layer` .. L - 1 and the final norm on the residual stream that enters block `layer`.
+
+        `run_from(l, out.trace["resid_pre"][l])` equals the run that was recorded. Layers in `record` keep their
+        absolute numbers.
+        """
+        plan = recording_plan(record, self.config.depth, layer)
+        prefix = 1 + self.config.registers
+        trace: dict[str, list[Array]] = {}
+
+        def step(x, block, wanted):
+            tap = Tap(wanted, prefix)
+            return block(x, tap), tap.trace
+
+        x = resid_BTD
+        for start, stop, wanted in plan:
+            blocks = self.blocks if (start, stop) == (0, self.config.depth) else layer_slice(self.blocks, start, stop)
+            x, new = jax.lax.scan(partial(step, wanted=wanted), x, blocks)
+            for site, value in new.items():
+                trace.setdefault(site, []).append(value)
+        normed = self.norm(x)
+        return Output(
+            cls=normed[:, 0],
+            registers=normed[:, 1:prefix],
+            patches=normed[:, prefix:],
+            tokens=x,
+            trace={site: v[0] if len(v) == 1 else jnp.concatenate(v) for site, v in trace.items()},
+        )
+
+
+def layer_slice(blocks: Block, start: int, stop: int) -> Block:
+    """Blocks start .. stop - 1, still stacked."""
+    return jax.tree.map(lambda a: a[start:stop], blocks)
+
+
+def recording_plan(record: Record, depth: int, first: int = 0) -> list[tuple[int, int, Layer]]:
+    """Splits layers first .. depth - 1 into runs (start, stop, what to record) that record the same; a scan each.
+
+    Raises:
+      ValueError: an unknown site, or a layer that does not run.
+    """
+    takes = dict(record) if isinstance(record, Mapping) else {site: Take() for site in record}
+    if unknown := sorted(set(takes) - set(SITES)):
+        raise ValueError(f"no site {', '.join(map(repr, unknown))}; the sites are {', '.join(SITES)}")
+    if not 0 <= first <= depth:
+        raise ValueError(f"cannot start from layer {first} of a model of {depth} layers")
+    wanted: list[Layer] = [{} for _ in range(depth)]
+    for site, take in takes.items():
+        layers = range(first, depth) if take.layers is None else take.layers
+        asked = (layers,) if isinstance(layers, int) else layers
+        for layer in asked:
+            if not first <= layer % depth or not -depth <= layer < depth:
+                raise ValueError(f"cannot record {site!r} of layer {layer}: layers {first} to {depth - 1} run")
+            wanted[layer % depth][site] = (take.tokens or ("prefix" if site in ATTENTION_SITES else "all")) == "all"
+    runs = itertools.groupby(range(first, depth), key=lambda layer: wanted[layer])
+    return [(run[0], run[-1] + 1, what) for what, group in runs for run in [list(group)]]
