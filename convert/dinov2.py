@@ -210,7 +210,11 @@ TIMM = Layout(
 IN_BLOCK = "encoder.layer.{i}"
 TRANSFORMERS = Layout(
     name="dinov2/transformers",
-    anchors=("embeddings.cls_token", "embeddings.position_embeddings", "encoder.layer.0.attention.attention.query.weight"),
+    anchors=(
+        "embeddings.cls_token",
+        "embeddings.position_embeddings",
+        "encoder.layer.0.attention.attention.query.weight",
+    ),
     config=transformers_config,
     rules=lambda config: transformers(
         config,

@@ -97,9 +97,7 @@ def norm(source: str, target: str) -> list[Rule]:
 def patch_conv(source: str, target: str) -> list[Rule]:
     """A convolution [D, channels, p, p] of stride p -> the matrix [p * p * channels, D] it multiplies each patch by."""
     return [
-        Rule(
-            (f"{source}.weight",), (f"{target}.kernel",), lambda w: [w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0])]
-        ),
+        Rule((f"{source}.weight",), (f"{target}.kernel",), lambda w: [w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0])]),
         copy(f"{source}.bias", f"{target}.bias"),
     ]
 

@@ -50,5 +50,7 @@ def read_onnx(path: Path) -> dict[str, np.ndarray]:
     for start in [name.removesuffix(CLASS_POSITION) for name in named if name.endswith(CLASS_POSITION)]:
         if start + PATCH_POSITIONS in named:
             parts = [named.pop(start + CLASS_POSITION), named.pop(start + PATCH_POSITIONS)]
-            named[start.removeprefix("/").replace("/", ".") + ".embeddings.position_embeddings"] = np.concatenate(parts, 1)
+            named[start.removeprefix("/").replace("/", ".") + ".embeddings.position_embeddings"] = np.concatenate(
+                parts, 1
+            )
     return named

@@ -61,7 +61,9 @@ def open_source(source: Any, revision: str | None = None) -> Source:
         return Source(_arrays(_state_dict(source)), {"kind": "state dict"})
     if callable(getattr(source, "state_dict", None)):
         return _module(source)
-    raise ConversionError(f"cannot convert a {type(source).__name__}: expected a path, a hub id, a module, a state dict")
+    raise ConversionError(
+        f"cannot convert a {type(source).__name__}: expected a path, a hub id, a module, a state dict"
+    )
 
 
 def sha256(path: Path) -> str:
@@ -118,7 +120,9 @@ def _read_pickle(path: Path) -> Tensors:
     try:
         import torch
     except ImportError:
-        raise ConversionError(f"reading {path} needs torch: pip install torch, or convert a .safetensors file") from None
+        raise ConversionError(
+            f"reading {path} needs torch: pip install torch, or convert a .safetensors file"
+        ) from None
     try:
         # weights_only: tensors and plain containers; nothing else in the pickle is executed.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -250,7 +254,7 @@ def _hub(repo: str, revision: str | None) -> Source:
 def _module(module: Any) -> Source:
     kind = type(module)
     config = getattr(module, "config", None)
-    hints = transformers_hints(config.to_dict()) if hasattr(config, "to_dict") else {}
+    hints = transformers_hints(config.to_dict()) if config is not None and hasattr(config, "to_dict") else {}
     if hasattr(module, "blocks") and hasattr(module.blocks[0], "attn"):
         hints = {"heads": module.blocks[0].attn.num_heads, "eps": module.blocks[0].norm1.eps}
     description = {"kind": "module", "path": f"{kind.__module__}.{kind.__qualname__}"}
