@@ -7,13 +7,16 @@ out.cls, out.registers, out.patches, out.trace["pattern"]
 
 from jaxvit.checkpoint import CheckpointError, load, read_config, save
 from jaxvit.config import Preprocess, ViTConfig
+from jaxvit.images import Batch, ImageError, decode, find_images, prepare, resize, stream
 from jaxvit.params import cast, functional
 from jaxvit.tokens import TokenLayout
 from jaxvit.vit import SITES, Output, Take, ViT
 
 __all__ = [
     "SITES",
+    "Batch",
     "CheckpointError",
+    "ImageError",
     "Output",
     "Preprocess",
     "Take",
@@ -21,8 +24,13 @@ __all__ = [
     "ViT",
     "ViTConfig",
     "cast",
+    "decode",
+    "find_images",
     "functional",
     "load",
+    "prepare",
     "read_config",
+    "resize",
     "save",
+    "stream",
 ]

@@ -44,14 +44,17 @@ def save(
     """
     folder = Path(folder)
     if folder.exists() and any_entry(folder):
-        if not (folder / CONFIG).exists():
-            raise CheckpointError(f"{folder} exists and is not a jaxvit model: choose another folder")
+        try:
+            read_config(folder)  # others keep a config.json too
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder} exists and is not a jaxvit model: choose another folder") from error
         if not overwrite:
             raise CheckpointError(f"{folder} already holds a model: choose another folder, or overwrite it")
     config = {"format": FORMAT, "config": model.config.to_dict(), "source": dict(source or {})}
     arrays = {name: np.asarray(leaf) for name, leaf in to_params(model).items()}
     with replacing(folder) as temporary:
         save_file(arrays, temporary / WEIGHTS)
+        (temporary / WEIGHTS).chmod(0o644)  # safetensors makes its files private
         (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     return folder
 
@@ -63,25 +66,41 @@ def any_entry(folder: Path) -> bool:
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` if the block succeeds, and disappears if it fails."""
+    folder = folder.resolve()  # a link stays one
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
         raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from None
+    old = temporary.with_name(temporary.name + ".old")
     try:
         temporary.chmod(0o755)  # mkdtemp makes it private
         yield temporary
-        old = None
         if folder.exists():
-            old = temporary.with_name(temporary.name + ".old")
             folder.rename(old)
         temporary.rename(folder)
-        if old:
-            shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for leftover in (old, temporary):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """The same for one file: a temporary name that becomes `path` if the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
 
 
 def read_config(folder: str | os.PathLike[str]) -> tuple[ViTConfig, dict[str, Any]]:
@@ -115,7 +134,7 @@ def load(folder: str | os.PathLike[str]) -> ViT:
     """
     folder = Path(folder)
     config, _ = read_config(folder)
-    arrays = read_safetensors(folder / WEIGHTS)
+    arrays = dict(SafetensorsFile(folder / WEIGHTS))
     expected = to_params(abstract(config))
     dtypes = {str(a.dtype) for a in arrays.values()}
     problems = [f"{name} is missing" for name in expected if name not in arrays]
@@ -134,16 +153,32 @@ def load(folder: str | os.PathLike[str]) -> ViT:
     return from_params(config, {name: jnp.asarray(a) for name, a in arrays.items()})
 
 
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Name -> array of a safetensors file; bfloat16 included, which NumPy has through ml_dtypes.
+class SafetensorsFile(Mapping[str, np.ndarray]):
+    """The tensors of a safetensors file, each read from disk when it is asked for.
 
     Raises:
       CheckpointError: a missing, truncated or foreign file.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
-    try:
-        with safe_open(path, framework="numpy") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist")
+        try:
+            self.file = safe_open(path, framework="numpy")
+            self.names = list(self.file.keys())
+            types = {name: self.file.get_slice(name).get_dtype() for name in self.names}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
+        if foreign := [f"{name} ({type})" for name, type in types.items() if type.startswith(("F8", "F6", "F4"))]:
+            raise CheckpointError(f"{path} holds types that NumPy cannot read: {', '.join(foreign)}")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

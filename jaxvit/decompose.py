@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxvit.tokens import TokenLayout
-from jaxvit.vit import Block, LayerScale, ViT
+from jaxvit.vit import Block, ViT
 
 # These are sums of a few large terms that cancel: keep all bits also where matrix products default to fewer.
 einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -61,7 +61,7 @@ def attention_parts(
     out = einsum("BQGHd,HdD->BQGD", z, output_matrix(block))
     bias = block.attn.proj.bias
     assert bias is not None  # Attention always makes one
-    return Parts(scaled(block, out), scaled(block, bias[...]))
+    return Parts(block.scale1(out), block.scale1(bias[...]))
 
 
 def contributions(
@@ -77,15 +77,8 @@ def contributions(
     """
     block = block_of(model, layer)
     # Pulling the direction back through the output projection costs one vector, not one per token.
-    pulled = einsum("BQD,HdD->BQHd", scaled(block, direction), output_matrix(block))
+    pulled = einsum("BQD,HdD->BQHd", block.scale1(direction), output_matrix(block))
     return einsum("BHQT,BTHd,BQHd->BQT", pattern, v, pulled)
-
-
-def scaled(block: Block, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-    """Through the LayerScale of the attention branch, where the model has one."""
-    if not isinstance(block.scale1, LayerScale):
-        return x
-    return x * jnp.expand_dims(block.scale1.gamma[...], range(x.ndim - 1))
 
 
 def output_matrix(block: Block) -> Float[Array, "H d D"]:

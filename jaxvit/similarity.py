@@ -34,7 +34,7 @@ class CKA(NamedTuple):
     null: float
 
 
-def cosine(x: Float[Array, "*batch D"], y: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+def cosine(x: Float[Array, "*#batch D"], y: Float[Array, "*#batch D"]) -> Float[Array, "*out"]:
     """Cosine similarity over the last axis; 0 where a vector is zero."""
     norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
     return jnp.where(norms > 0, (x * y).sum(-1) / jnp.where(norms > 0, norms, 1), 0)
@@ -58,18 +58,28 @@ class StreamingCKA:
         self.sums: dict[str, dict[str, np.ndarray]] = {}
 
     def update(self, reference: np.ndarray, others: dict[str, np.ndarray]) -> None:
-        """Adds rows: `reference` [b, d1] and each of `others` [b, d2], of the same images in the same order."""
+        """Adds rows: `reference` [b, d1] and each of `others` [b, d2], of the same images in the same order.
+
+        Raises:
+          ValueError: numbers of rows that differ, or other names than before; nothing is added.
+        """
+        for name, rows in others.items():
+            if len(rows) != len(reference):
+                raise ValueError(f"{name} has {len(rows)} rows, the reference {len(reference)}")
+        if self.n and set(others) != set(self._names()):
+            raise ValueError(f"representations are {sorted(others)}, but were {sorted(self._names())} so far")
         if len(reference) == 0:
             return
         x = self._shifted("reference", reference)
         self._add("reference", moments(x, x))
         for name, rows in others.items():
-            if len(rows) != len(reference):
-                raise ValueError(f"{name} has {len(rows)} rows, the reference {len(reference)}")
             y = self._shifted(f"other {name}", rows)
             self._add(f"other {name}", moments(y, y))
             self._add(f"cross {name}", moments(x, y))
         self.n += len(x)
+
+    def _names(self) -> list[str]:
+        return [key.removeprefix("other ") for key in self.sums if key.startswith("other ")]
 
     def _shifted(self, name: str, rows: np.ndarray) -> np.ndarray:
         # CKA does not depend on the origin, but its rounding error does: count from the first batch's mean.
@@ -84,7 +94,7 @@ class StreamingCKA:
     def results(self) -> dict[str, CKA]:
         """The CKA of each representation with the reference."""
         results = {}
-        for name in (key.removeprefix("other ") for key in self.sums if key.startswith("other ")):
+        for name in self._names():
             xx, yy, xy = (self.sums[key] for key in ("reference", f"other {name}", f"cross {name}"))
             biased_of, unbiased_of = (
                 [hsic(sums, self.n) for sums in (xy, xx, yy)] for hsic in (biased_hsic, unbiased_hsic)

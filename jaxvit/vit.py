@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,11 +64,7 @@ Record = Iterable[str] | Mapping[str, Take]
 Layer = dict[str, bool]  # what one layer records: site -> whether of all tokens
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["cls", "registers", "patches", "tokens", "trace"], meta_fields=[]
-)
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """What a model returns; a pytree.
 
     Attributes:
@@ -103,9 +99,25 @@ class Tap:
         return tokens if any(asked) else self.prefix if asked else 0
 
 
-def layer_norm(c: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # Two passes: Flax's default, E[x^2] - E[x]^2, cancels away the digits of tokens with a large mean.
-    return nnx.LayerNorm(c.width, epsilon=c.eps, use_fast_variance=False, rngs=rngs)
+def per_channel(a_D: Array, x: Array) -> Array:
+    """A vector over the last axis, with as many axes as x."""
+    return jnp.expand_dims(a_D, range(x.ndim - 1))
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last axis. Two passes: E[x^2] - E[x]^2, Flax's default, cancels the digits of tokens with a large
+    mean; statistics in at least float32, under any rule of promotion, which Flax's module does not take.
+    """
+
+    def __init__(self, c: ViTConfig):
+        self.scale, self.bias = nnx.Param(jnp.ones(c.width)), nnx.Param(jnp.zeros(c.width))
+        self.eps = c.eps
+
+    def __call__(self, x: Array) -> Array:
+        wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        return normal.astype(x.dtype) * per_channel(self.scale[...], x) + per_channel(self.bias[...], x)
 
 
 class Attention(nnx.Module):
@@ -160,21 +172,21 @@ MLPS: dict[str, Callable[[ViTConfig, nnx.Rngs], nnx.Module]] = {"gelu": GeluMlp,
 
 
 class LayerScale(nnx.Module):
-    def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
+    def __init__(self, c: ViTConfig):
         self.gamma = nnx.Param(jnp.ones(c.width))
 
-    def __call__(self, x_BTD: Array) -> Array:
-        return self.gamma[...][None, None] * x_BTD
+    def __call__(self, x: Array) -> Array:
+        return x * per_channel(self.gamma[...], x)
 
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), each branch through its LayerScale."""
 
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
-        self.norm1, self.norm2 = layer_norm(c, rngs), layer_norm(c, rngs)
+        self.norm1, self.norm2 = LayerNorm(c), LayerNorm(c)
         self.attn = Attention(c, rngs)
         self.mlp = MLPS[c.mlp](c, rngs)
-        self.scale1, self.scale2 = (LayerScale(c, rngs) if c.layer_scale else identity for _ in range(2))
+        self.scale1, self.scale2 = (LayerScale(c) if c.layer_scale else identity for _ in range(2))
 
     def __call__(self, x_BTD: Array, tap: Tap) -> Array:
         x = tap("resid_pre", x_BTD)
@@ -206,7 +218,7 @@ class ViT(nnx.Module):
         self.registers = nnx.Param(normal(rngs.params(), (c.registers, c.width))) if c.registers else None
         self.positions = nnx.Param(normal(rngs.params(), (*c.grid, c.width)))
         self.blocks = jax.vmap(lambda key: Block(c, nnx.Rngs(key)))(jax.random.split(rngs.params(), c.depth))
-        self.norm = layer_norm(c, rngs)
+        self.norm = LayerNorm(c)
         self.config = c
 
     @property
@@ -232,8 +244,10 @@ class ViT(nnx.Module):
             raise ValueError(f"images have shape {images.shape}; expected [batch, height, width, 3 channels]")
         layout, p = self.config.layout(*images.shape[1:3]), self.config.patch
         rows, columns = layout.grid
-        pixels = images.astype(self.patch_embed.kernel.dtype).reshape(-1, rows, p, columns, p, 3)
-        patches_BND = self.patch_embed(pixels.transpose(0, 1, 3, 2, 4, 5).reshape(-1, layout.patches, 3 * p * p))
+        # One axis at a time, which JAX can follow when the batch is sharded.
+        strips = images.astype(self.patch_embed.kernel.dtype).reshape(-1, rows, p, columns * p, 3)
+        pixels = strips.reshape(-1, rows, p, columns, p, 3).swapaxes(2, 3)
+        patches_BND = self.patch_embed(jax.lax.collapse(jax.lax.collapse(pixels, 3), 1, 3))
         positions = resample_positions(self.positions[...], layout.grid, self.config.resampling)
         # One sum of [0, patches] and [cls, registers, positions] instead of a concatenation with tokens that must
         # first be copied for each image: it holds as it is when images are sharded.
