@@ -18,7 +18,7 @@ from convert.sources import Source, open_source
 from jaxvit.config import Resampling
 from jaxvit.params import from_params
 
-__all__ = ["ConversionError", "convert", "load"]
+__all__ = ["ConversionError", "convert", "describe", "load"]
 
 LAYOUTS: tuple[Layout, ...] = dinov2.LAYOUTS
 
@@ -58,6 +58,8 @@ def convert(
     overwrite: bool = False,
 ) -> jaxvit.ViT:
     """Converts and saves; the arguments are those of `load` and `jaxvit.save`. Returns the model."""
+    if is_jaxvit_folder(source):
+        raise ConversionError(f"{source} is a jaxvit model already")
     opened = open_source(source, revision)
     model, layout = _convert(opened, dtype, resampling)
     description = opened.description | {"layout": layout.name, "versions": versions("jaxvit", "jax", "flax")}
@@ -66,13 +68,19 @@ def convert(
 
 
 def is_jaxvit_folder(source: Any) -> bool:
-    if not isinstance(source, str | os.PathLike) or not (Path(source) / "config.json").is_file():
+    # os.path takes what cannot be a path, such as one that is too long, for one that does not exist.
+    if not isinstance(source, str | os.PathLike) or not os.path.isfile(Path(source) / "config.json"):  # noqa: PTH113
         return False
     try:
         jaxvit.read_config(source)
     except jaxvit.CheckpointError:
         return False
     return True
+
+
+def describe(source: Any) -> dict[str, Any]:
+    """What is known of where a source's weights come from: kind, path, checksums."""
+    return jaxvit.read_config(source)[1] if is_jaxvit_folder(source) else open_source(source).description
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from math import isqrt
 from typing import Any
 
+import numpy as np
+
 from convert.engine import (
     ConversionError,
     Layout,
@@ -80,10 +82,14 @@ def class_and_positions(cls: str, positions: str, config: ViTConfig, class_has_p
     """A class token [1, 1, D]; positions [1, N, D], before which stands the class token's if it has one."""
     shape = (*config.grid, config.width)
     if not class_has_position:
-        return [Rule((cls, positions), ("cls", "positions"), lambda c, p: (c[0, 0], p[0].reshape(shape)))]
-    return [
-        Rule((cls, positions), ("cls", "positions"), lambda c, p: (c[0, 0] + p[0, 0], p[0, 1:].reshape(shape))),
-    ]
+        return [Rule((cls, positions), ("cls", "positions"), lambda c, p: (c.reshape(-1), p.reshape(shape)))]
+
+    def add(c: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # reshape, where indexing and broadcasting would make do with other shapes.
+        rows = p.reshape(1 + config.grid[0] * config.grid[1], config.width)
+        return c.reshape(config.width) + rows[0], rows[1:].reshape(shape)
+
+    return [Rule((cls, positions), ("cls", "positions"), add)]
 
 
 def gelu_mlp(at: str) -> list[Rule]:
@@ -108,24 +114,31 @@ def read_config(
 
     Args:
       hints: `heads`, `eps`, `preprocess` where a file beside the tensors gives them: they cannot be read from shapes.
+        `depth`, where given, must be what the tensors have.
       positions: number of patch positions.
       block: the start of the names of a block, with a `{i}`.
       gates: tensor of block 0 that only a SwiGLU has -> the tensor whose last axis is its hidden size.
     """
-    width, _, patch, patch_x = tensors[conv].shape
+    width, _, patch, patch_x = shape_of(tensors, conv, 4)
     if patch != patch_x or isqrt(positions) ** 2 != positions:
         raise ConversionError(f"patches of {patch}x{patch_x} pixels, {positions} positions: expected squares of both")
     pattern = re.compile(re.escape(block).replace(r"\{i\}", r"(\d+)") + r"\.")
     numbers = {int(match[1]) for name in tensors if (match := pattern.match(name))}
+    if len(numbers) != max(numbers) + 1:
+        raise ConversionError(
+            f"the checkpoint's blocks are numbered {', '.join(map(str, sorted(numbers)))}: expected no gaps from 0 to the last"
+        )
+    if hints.get("depth", len(numbers)) != len(numbers):
+        raise ConversionError(f"the checkpoint holds {len(numbers)} blocks, but its config says {hints['depth']}")
     swiglu = [out for gate, out in gates.items() if gate in tensors]
     hidden = swiglu[0] if swiglu else f"{block.format(i=0)}.mlp.fc2.weight"
     return ViTConfig(
-        depth=max(numbers) + 1,
+        depth=len(numbers),
         width=width,
         heads=hints.get("heads", width // 64),
-        hidden=tensors[hidden].shape[1],
+        hidden=shape_of(tensors, hidden, 2)[1],
         mlp="swiglu" if swiglu else "gelu",
-        registers=tensors[registers].shape[1] if registers in tensors else 0,
+        registers=shape_of(tensors, registers, 3)[1] if registers in tensors else 0,
         patch=patch,
         grid=(isqrt(positions), isqrt(positions)),
         eps=hints.get("eps", 1e-6),
@@ -134,13 +147,20 @@ def read_config(
     )
 
 
+def shape_of(tensors: Tensors, name: str, axes: int) -> tuple[int, ...]:
+    shape = tensors[name].shape
+    if len(shape) != axes:
+        raise ConversionError(f"{name} has shape {list(shape)}, expected {axes} axes")
+    return shape
+
+
 def hub_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
     # Meta's code resamples positions with an offset of 0.1, but not in its models with registers.
     return read_config(
         tensors,
         hints,
         conv="patch_embed.proj.weight",
-        positions=tensors["pos_embed"].shape[1] - 1,
+        positions=shape_of(tensors, "pos_embed", 3)[1] - 1,
         registers="register_tokens",
         block="blocks.{i}",
         gates={"blocks.0.mlp.w12.weight": "blocks.0.mlp.w3.weight"},
@@ -151,12 +171,12 @@ def hub_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
 def timm_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
     has_registers = "reg_token" in tensors
     fc1, fc2 = "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"
-    packed = tensors[fc1].shape[0] == 2 * tensors[fc2].shape[1]  # gate and value in one matrix
+    packed = shape_of(tensors, fc1, 2)[0] == 2 * shape_of(tensors, fc2, 2)[1]  # gate and value in one matrix
     return read_config(
         tensors,
         hints,
         conv="patch_embed.proj.weight",
-        positions=tensors["pos_embed"].shape[1] - (not has_registers),
+        positions=shape_of(tensors, "pos_embed", 3)[1] - (not has_registers),
         registers="reg_token",
         block="blocks.{i}",
         gates={fc1: fc2} if packed else {},
@@ -171,7 +191,7 @@ def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig
         tensors,
         hints,
         conv="embeddings.patch_embeddings.projection.weight",
-        positions=tensors["embeddings.position_embeddings"].shape[1] - 1,
+        positions=shape_of(tensors, "embeddings.position_embeddings", 3)[1] - 1,
         registers="embeddings.register_tokens",
         block="encoder.layer.{i}",
         gates={

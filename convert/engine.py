@@ -74,10 +74,16 @@ def linear(source: str, target: str) -> list[Rule]:
 
 
 def joined_linear(sources: Sequence[str], target: str) -> list[Rule]:
-    """Several Linears of the same input -> one, their outputs in this order."""
+    """Several Linears of equal size -> one, their outputs in this order."""
+
+    def join(*parts: np.ndarray) -> np.ndarray:
+        if len({part.shape for part in parts}) > 1:
+            raise ValueError("parts of different shapes may add up to the right one, but do not belong together")
+        return np.concatenate(parts)
+
     return [
-        Rule(tuple(f"{s}.weight" for s in sources), (f"{target}.kernel",), lambda *w: [np.concatenate(w).T]),
-        Rule(tuple(f"{s}.bias" for s in sources), (f"{target}.bias",), lambda *b: [np.concatenate(b)]),
+        Rule(tuple(f"{s}.weight" for s in sources), (f"{target}.kernel",), lambda *w: [join(*w).T]),
+        Rule(tuple(f"{s}.bias" for s in sources), (f"{target}.bias",), lambda *b: [join(*b)]),
     ]
 
 
@@ -103,13 +109,20 @@ def patch_conv(source: str, target: str) -> list[Rule]:
 
 
 class Renamed(Mapping[str, np.ndarray]):
-    """Tensors under other names, read when they are asked for."""
+    """Tensors under other names, read when they are asked for.
+
+    Half precision is widened to float32, exactly: sums of tensors then round once, whatever kind of file held them.
+    """
 
     def __init__(self, tensors: Tensors, names: Mapping[str, str]):
         self.tensors, self.names = tensors, names
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.tensors[self.names[name]]
+        array = self.tensors[self.names[name]]
+        return array.astype(np.float32) if array.dtype.name in ("bfloat16", "float16") else array
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -121,17 +134,25 @@ class Renamed(Mapping[str, np.ndarray]):
 def locate(layouts: Sequence[Layout], tensors: Tensors) -> tuple[Layout, Tensors]:
     """Which layout the tensors have, and the tensors under its names: without the prefix a wrapper put before them.
 
-    Tensors outside the wrapper keep their whole name, so that they too must be used or ignored.
+    Tensors outside the wrapper keep their whole name and say so; they too must be ignored, or are an error.
 
     Raises:
-      ConversionError: none of the layouts.
+      ConversionError: none of the layouts, or one in which two tensors have the same name.
     """
     for layout in layouts:
         first = layout.anchors[0]
         for prefix in sorted((key[: -len(first)] for key in tensors if key.endswith(first)), key=_preference):
-            names = {layout.rename(key.removeprefix(prefix)): key for key in tensors}
-            if all(anchor in names and names[anchor].startswith(prefix) for anchor in layout.anchors):
-                return layout, Renamed(tensors, names)
+            # Outside a wrapper, `norm.weight` is not the wrapped model's: it must neither replace that nor stand in.
+            names = [
+                layout.rename(key.removeprefix(prefix)) if key.startswith(prefix) else f"{key} (outside {prefix})"
+                for key in tensors
+            ]
+            if all(anchor in names for anchor in layout.anchors):
+                if twice := sorted({name for name in names if names.count(name) > 1}):
+                    raise ConversionError(f"not a {layout.name} checkpoint: it holds two of {', '.join(twice)}")
+                return layout, Renamed(tensors, dict(zip(names, tensors, strict=True)))
+    if not tensors:
+        raise ConversionError("the checkpoint holds no tensors")
     some = ", ".join(list(tensors)[:5])
     raise ConversionError(
         f"not a checkpoint of a known layout ({', '.join(layout.name for layout in layouts)}): "
@@ -168,14 +189,19 @@ def convert_tensors(
                 problems += [f"{source} is missing" for source in absent]
                 continue
             values = [tensors[source] for source in sources]
+            unsound = []
             for source, value in zip(sources, values, strict=True):
-                if not _is_float(value.dtype):
-                    problems.append(f"{source} holds {value.dtype}, expected floating-point numbers")
-                elif not np.isfinite(value.astype(np.float32, copy=False)).all():
-                    problems.append(f"{source} holds NaN or infinity")
+                if not np.issubdtype(value.dtype, np.floating):
+                    unsound.append(f"{source} holds {value.dtype}, expected floating-point numbers")
+                elif not np.isfinite(value).all():
+                    unsound.append(f"{source} holds NaN or infinity")
+            if unsound:
+                problems += unsound
+                continue
             wanted = [expected[target].shape[1:] if stacked else expected[target].shape for target in rule.targets]
             try:
-                results = rule.transform(*values)
+                with np.errstate(over="ignore"):  # found below
+                    results = rule.transform(*values)
             except (ValueError, IndexError):
                 results = ()
             if [r.shape for r in results] != wanted:
@@ -184,7 +210,11 @@ def convert_tensors(
                 problems.append(f"wrong shape: {shapes} cannot become {becomes}")
                 continue
             for target, result in zip(rule.targets, results, strict=True):
-                params[target][i if stacked else ...] = result
+                at = i if stacked else ...
+                with np.errstate(over="ignore"):
+                    params[target][at] = result
+                if not np.isfinite(params[target][at]).all():
+                    problems.append(f"{' + '.join(sources)} exceeds what {np.dtype(dtype)} can hold")
     patterns = [*layout.ignored, *(ignored or ())]
     for name in tensors:
         if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
@@ -206,8 +236,3 @@ def check_table(layout: Layout, config: ViTConfig) -> None:
             f"unknown {sorted(set(targets) - expected)}, "
             f"twice {sorted({t for t in targets + sources if (targets + sources).count(t) > 1})}"
         )
-
-
-def _is_float(dtype: np.dtype[Any]) -> bool:
-    # bfloat16 is not one of NumPy's own types: it comes from ml_dtypes, as kind "V".
-    return np.issubdtype(dtype, np.floating) or dtype.name == "bfloat16"

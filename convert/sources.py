@@ -8,17 +8,18 @@ import os
 import pickle
 import re
 import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from convert.engine import ConversionError, Renamed, Tensors
 from convert.onnx_graph import read_onnx
-from jaxvit import Preprocess
+from jaxvit import CheckpointError, Preprocess
+from jaxvit.checkpoint import SafetensorsFile
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"]
@@ -50,10 +51,14 @@ def open_source(source: Any, revision: str | None = None) -> Source:
     """
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        if path.is_dir():
-            return _folder(path)
-        if path.exists():
-            return _file(path)
+        try:
+            # os.path takes what cannot be a path, such as one that is too long, for one that does not exist.
+            if os.path.isdir(source):  # noqa: PTH112
+                return _folder(path)
+            if os.path.exists(source):  # noqa: PTH110
+                return _file(path)
+        except OSError as error:
+            raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from error
         if isinstance(source, str) and HUB_ID.fullmatch(source):
             return _hub(source, revision)
         raise ConversionError(f"{source} is neither a file, nor a folder, nor a hub id such as facebook/dinov2-small")
@@ -84,36 +89,13 @@ def _file(path: Path) -> Source:
 
 def _read(path: Path) -> Tensors:
     if path.suffix == ".safetensors":
-        return SafetensorsFile(path)
+        try:
+            return SafetensorsFile(path)
+        except CheckpointError as error:
+            raise ConversionError(str(error)) from error
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         return _read_pickle(path)
     raise ConversionError(f"{path} is of no known kind: expected .safetensors, .pth, .pt, .bin, .ckpt or .onnx")
-
-
-class SafetensorsFile(Mapping[str, np.ndarray]):
-    """The tensors of a safetensors file, each read from disk when it is asked for.
-
-    Raises:
-      ConversionError: a truncated or foreign file.
-    """
-
-    def __init__(self, path: Path):
-        try:
-            self.file = safe_open(path, framework="numpy")
-            self.names = list(self.file.keys())
-        except (SafetensorError, OSError) as error:
-            raise ConversionError(f"{path} is not a complete safetensors file: {error}") from error
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.names:
-            raise KeyError(name)
-        return self.file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def _read_pickle(path: Path) -> Tensors:
@@ -123,18 +105,28 @@ def _read_pickle(path: Path) -> Tensors:
         raise ConversionError(
             f"reading {path} needs torch: pip install torch, or convert a .safetensors file"
         ) from None
+    with open(path, "rb") as f:
+        zipped = f.read(4) == b"PK\x03\x04"  # since PyTorch 1.6; older files cannot be mapped into memory
     try:
-        # weights_only: tensors and plain containers; nothing else in the pickle is executed.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of what torch warns of, it then raises
+            # weights_only: tensors and plain containers; nothing else in the pickle is executed.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConversionError(f"{path} holds more than tensors, and is not trusted to run code: {reason}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ConversionError(f"{path} holds {refused[1]}, which is not trusted: expected only tensors") from error
+        reason = _first_sentence(str(error).split("WeightsUnpickler error:")[-1])
+        raise ConversionError(f"{path} is not a PyTorch file of tensors alone: {reason}") from error
+    except Exception as error:  # what a broken pickle makes Python raise has no common class
+        reason = _first_sentence(str(error)) if isinstance(error, RuntimeError) else repr(error)
         raise ConversionError(f"{path} is not a complete PyTorch file: {reason}") from error
     if not isinstance(content, Mapping):
         raise ConversionError(f"{path} holds a {type(content).__name__}, expected a state dict")
     return _arrays(_state_dict(content))
+
+
+def _first_sentence(message: str) -> str:
+    return re.split(r"\.\s|\n", message.strip())[0]
 
 
 def _state_dict(content: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -146,9 +138,17 @@ def _state_dict(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _arrays(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    if foreign := [name for name, value in state.items() if not hasattr(value, "shape")]:
-        raise ConversionError(f"not a state dict: {', '.join(map(str, foreign[:10]))} are no tensors")
-    return {name: _array(value) for name, value in state.items()}
+    if foreign := [name for name, value in state.items() if not (isinstance(name, str) and hasattr(value, "shape"))]:
+        raise ConversionError(f"not a state dict of names and tensors: {', '.join(map(repr, foreign[:10]))}")
+    arrays, problems = {}, []
+    for name, value in state.items():
+        try:
+            arrays[name] = _array(value)
+        except (TypeError, RuntimeError) as error:  # quantised, sparse, on no device ..
+            problems.append(f"{name} ({_first_sentence(str(error))})")
+    if problems:
+        raise ConversionError(f"these tensors are no plain arrays: {', '.join(problems)}")
+    return arrays
 
 
 def _array(tensor: Any) -> np.ndarray:
@@ -173,7 +173,9 @@ def _folder(folder: Path) -> Source:
     weights = folder / present[0]
     files = [weights]
     if weights.suffix == ".json":
-        where: dict[str, str] = _json(weights).get("weight_map", {})
+        where = _json(weights).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise ConversionError(f"{weights} has no weight_map from names of tensors to names of files")
         files = [folder / name for name in sorted(set(where.values()))]
         if absent := [file.name for file in files if not file.is_file()]:
             raise ConversionError(f"{folder} lacks the shards {', '.join(absent)} that {weights.name} names")
@@ -202,9 +204,12 @@ def _config_hints(folder: Path) -> dict[str, Any]:
         p = _json(folder / "preprocessor_config.json")
         size, crop = p.get("size"), p.get("crop_size")
         if isinstance(size, dict) and "shortest_edge" in size and isinstance(crop, dict) and "height" in crop:
-            hints["preprocess"] = Preprocess(
-                size["shortest_edge"], crop["height"], tuple(p["image_mean"]), tuple(p["image_std"])
-            )
+            try:
+                hints["preprocess"] = Preprocess(
+                    size["shortest_edge"], crop["height"], tuple(p["image_mean"]), tuple(p["image_std"])
+                )
+            except (KeyError, TypeError, ValueError) as error:
+                raise ConversionError(f"{folder / 'preprocessor_config.json'} makes no sense: {error!r}") from error
     return hints
 
 
@@ -214,7 +219,11 @@ def transformers_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if config.get("hidden_act", "gelu") != "gelu":
         raise ConversionError(f"the config's activation is {config['hidden_act']!r}; DINOv2 has the exact GELU, 'gelu'")
-    return {"heads": config["num_attention_heads"], "eps": config["layer_norm_eps"]}
+    names = {"heads": "num_attention_heads", "eps": "layer_norm_eps", "depth": "num_hidden_layers"}
+    hints = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
+    if wrong := [names[name] for name, value in hints.items() if not isinstance(value, int | float)]:
+        raise ConversionError(f"the config's {', '.join(wrong)} should be numbers")
+    return hints
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -239,7 +248,7 @@ def _hub(repo: str, revision: str | None) -> Source:
         folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
         if not any((folder / name).is_file() for name in WEIGHT_FILES):
             huggingface_hub.hf_hub_download(repo, "pytorch_model.bin", revision=folder.name)
-    except (HfHubHTTPError, EntryNotFoundError, RevisionNotFoundError, OSError) as error:
+    except (HfHubHTTPError, EntryNotFoundError, RevisionNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConversionError(f"{repo} is no path here, and the hub did not give it: {reason}") from error
     source = _folder(folder)
@@ -256,6 +265,14 @@ def _module(module: Any) -> Source:
     config = getattr(module, "config", None)
     hints = transformers_hints(config.to_dict()) if config is not None and hasattr(config, "to_dict") else {}
     if hasattr(module, "blocks") and hasattr(module.blocks[0], "attn"):
-        hints = {"heads": module.blocks[0].attn.num_heads, "eps": module.blocks[0].norm1.eps}
+        block = module.blocks[0]
+        hints = {"heads": block.attn.num_heads, "eps": block.norm1.eps, "depth": len(module.blocks)}
+        # Of activations, a state dict says nothing. timm's gated MLPs have a gate_last; Meta's have no module `act`.
+        act, gated = getattr(block.mlp, "act", None), hasattr(block.mlp, "gate_last")
+        exact = type(act).__name__ == ("SiLU" if gated else "GELU") and getattr(act, "approximate", "none") == "none"
+        if (act is not None and not exact) or getattr(block.mlp, "gate_last", False):
+            raise ConversionError(
+                f"the module's MLP has {act}: expected the exact GELU, or SiLU on the first half of fc1"
+            )
     description = {"kind": "module", "path": f"{kind.__module__}.{kind.__qualname__}"}
     return Source(_arrays(module.state_dict()), description, hints)
