@@ -1,0 +1,40 @@
+# make demo   the main job on real weights and photographs: report in out/last-layer
+# make test   the whole test suite
+# Both set up everything they need in .venv, from pinned versions.
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint clean
+
+# MODEL: a converted model, a checkpoint file or folder, or a hub id. IMAGES: a folder. OUT: where the report goes.
+demo: .venv/demo
+	.venv/bin/python -m experiments last-layer \
+		$(if $(MODEL),--model "$(MODEL)") $(if $(IMAGES),--images "$(IMAGES)") $(if $(OUT),--out "$(OUT)")
+
+# ARGS: more arguments of pytest, such as ARGS="-k positions".
+test: .venv/test
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+lint: .venv/test
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyright
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed, and not found"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/demo: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing into .venv .."
+	$(PIP) --editable '.[experiments]'
+	@touch $@
+
+.venv/test: .venv/demo
+	@echo "installing PyTorch and the tests' packages into .venv (several GB) .."
+	$(PIP) --editable '.[tests,lint]'
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-newest .data out
