@@ -67,7 +67,7 @@ def run_last_layer(options: argparse.Namespace) -> None:
     folder = options.images or embedded.photographs()
     show = options.show or (["*"] if options.images else embedded.EXAMPLES)
     sources = jaxvit.find_images(folder)
-    model = convert.load(source)
+    model, description = convert.load_described(source)
     loaded = time.perf_counter()
     with replacing(options.out) as out:
         analysis = last_layer.analyse(
@@ -86,7 +86,7 @@ def run_last_layer(options: argparse.Namespace) -> None:
             "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
             "model": {
                 "name": name_of(source),
-                "source": convert.describe(source),
+                "source": description,
                 "parameters": sum(a.size for a in jax.tree.leaves(model)),
                 "config": model.config.to_dict(),
             },

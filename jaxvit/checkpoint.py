@@ -169,7 +169,7 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
             types = {name: self.file.get_slice(name).get_dtype() for name in self.names}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
-        if foreign := [f"{name} ({type})" for name, type in types.items() if type.startswith(("F8", "F6", "F4"))]:
+        if foreign := [f"{name} ({type})" for name, type in types.items() if type.startswith(("F8_", "F6_", "F4"))]:
             raise CheckpointError(f"{path} holds types that NumPy cannot read: {', '.join(foreign)}")
 
     def __getitem__(self, name: str) -> np.ndarray:

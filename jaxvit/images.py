@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -67,7 +68,8 @@ def resize(
     some pixels, mostly by one grey level, where a picture more than twice as tall as wide is shrunk in proportion.
 
     Only the part of `image` that the result depends on is sent to the device, padded to one of a few sizes: photographs
-    of all sizes share a handful of compiled programs for each size of the result. Not for use inside `jax.jit`.
+    of all sizes share a handful of compiled programs for each size of the result. Under `jax.jit` and `jax.vmap`, where
+    the size of the image is fixed anyway, nothing is padded.
 
     Args:
       image: RGB pixels.
@@ -78,7 +80,8 @@ def resize(
       ValueError: if the image is not uint8 [H, W, 3] with at least one pixel, a side of the result is not positive, or
         the window is empty or reaches outside `size`.
     """
-    pixels = np.asarray(image)
+    traced = isinstance(image, Tracer)
+    pixels: Any = image if traced else np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise ValueError(f"expected uint8 pixels [height, width, 3], got {_describe(pixels)}; use jaxvit.decode")
     top, left, height, width = crop or (0, 0, *size)
@@ -96,7 +99,7 @@ def resize(
     sides = [_bucket(side, 256) for side in needed.shape[:2]]
     taps = _bucket(max(len(vertical[0]), len(horizontal[0])), 8)
     return _resample(
-        _pad(needed, *sides, 3),
+        needed if traced else _pad(needed, *sides, 3),
         [_pad(a, taps, width) for a in horizontal],
         [_pad(a, taps, height) for a in vertical],
         vertical_first,

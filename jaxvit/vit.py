@@ -60,7 +60,7 @@ class Take:
     tokens: Literal["prefix", "all"] | None = None
 
 
-Record = Iterable[str] | Mapping[str, Take]
+Record = str | Iterable[str] | Mapping[str, Take]
 Layer = dict[str, bool]  # what one layer records: site -> whether of all tokens
 
 
@@ -138,13 +138,23 @@ class Attention(nnx.Module):
         T = q_BTHd.shape[1]
         # The fused path always takes its softmax in float32, so float64 is written out too.
         rows = T if q_BTHd.dtype == jnp.float64 else tap.explicit_rows(T)
-        fused = partial(jax.nn.dot_product_attention, key=k_BTHd, value=v_BTHd)
         if not rows:
-            return fused(q_BTHd)
-        scores = jnp.einsum("BQHd,BTHd->BHQT", q_BTHd[:, :rows] * q_BTHd.shape[-1] ** -0.5, k_BTHd)
+            return fused_attention(q_BTHd, k_BTHd, v_BTHd)
+        # In half precision a softmax over hundreds of tokens would not sum to 1: weights are at least float32.
+        wide = jnp.float64 if q_BTHd.dtype == jnp.float64 else jnp.float32
+        scaled_q = q_BTHd[:, :rows] * q_BTHd.shape[-1] ** -0.5
+        scores = jnp.einsum("BQHd,BTHd->BHQT", scaled_q, k_BTHd, preferred_element_type=wide)
         pattern = tap("pattern", jax.nn.softmax(tap("scores", scores)))
-        z_BQHd = jnp.einsum("BHQT,BTHd->BQHd", pattern, v_BTHd)
-        return z_BQHd if rows == T else jnp.concatenate([z_BQHd, fused(q_BTHd[:, rows:])], axis=1)
+        z_BQHd = jnp.einsum("BHQT,BTHd->BQHd", pattern.astype(v_BTHd.dtype), v_BTHd)
+        if rows == T:
+            return z_BQHd
+        return jnp.concatenate([z_BQHd, fused_attention(q_BTHd[:, rows:], k_BTHd, v_BTHd)], axis=1)
+
+
+def fused_attention(q_BQHd: Array, k_BTHd: Array, v_BTHd: Array) -> Array:
+    """softmax(q k / sqrt(d)) v by whatever kernel JAX has for it; the weights are not to be seen."""
+    with jax.numpy_dtype_promotion("standard"):  # it mixes half precision and float32 inside
+        return jax.nn.dot_product_attention(q_BQHd, k_BTHd, v_BTHd)
 
 
 class GeluMlp(nnx.Module):
@@ -217,7 +227,8 @@ class ViT(nnx.Module):
         self.cls = nnx.Param(normal(rngs.params(), (c.width,)))
         self.registers = nnx.Param(normal(rngs.params(), (c.registers, c.width))) if c.registers else None
         self.positions = nnx.Param(normal(rngs.params(), (*c.grid, c.width)))
-        self.blocks = jax.vmap(lambda key: Block(c, nnx.Rngs(key)))(jax.random.split(rngs.params(), c.depth))
+        make_blocks = jax.jit(jax.vmap(lambda key: Block(c, nnx.Rngs(key))))  # jit: one compilation, not one an array
+        self.blocks = make_blocks(jax.random.split(rngs.params(), c.depth))
         self.norm = LayerNorm(c)
         self.config = c
 
@@ -297,7 +308,8 @@ def recording_plan(record: Record, depth: int, first: int = 0) -> list[tuple[int
     Raises:
       ValueError: an unknown site, or a layer that does not run.
     """
-    takes = dict(record) if isinstance(record, Mapping) else {site: Take() for site in record}
+    names = (record,) if isinstance(record, str) else record
+    takes = dict(record) if isinstance(record, Mapping) else {site: Take() for site in names}
     if unknown := sorted(set(takes) - set(SITES)):
         raise ValueError(f"no site {', '.join(map(repr, unknown))}; the sites are {', '.join(SITES)}")
     if not 0 <= first <= depth:

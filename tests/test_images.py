@@ -574,3 +574,11 @@ def test_stream_follows_the_default_device(monkeypatch):
     with jax.default_device(device):
         (batch,) = stream(SOURCES[:2], SMALL, 2)
     assert [*devices, batch.images.devices()] == [{device}] * 3
+
+
+def test_resize_under_jit_and_vmap():
+    images = np.random.default_rng(3).integers(0, 256, (3, 37, 51, 3), dtype=np.uint8)
+    resized = jax.jit(jax.vmap(lambda image: resize(image, (20, 28), (2, 4, 16, 16))))(images)
+    for image, result in zip(images, resized, strict=True):
+        expected = np.asarray(Image.fromarray(image).resize((28, 20), Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(result, expected[2:18, 4:20])

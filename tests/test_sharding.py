@@ -1,0 +1,78 @@
+"""Images spread over devices, parameters copied to each: the same numbers, and they stay spread."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+DEVICES = 8
+SCRIPT = """
+    import warnings
+    warnings.simplefilter("error")
+    import sys
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    from conftest import FAMILIES, random_images, random_model
+    from jaxvit import Take
+
+    assert jax.device_count() == {devices}
+    kind = getattr(AxisType, sys.argv[1])
+    mesh = jax.make_mesh(({devices},), ("data",), axis_types=(kind,))
+
+    def assert_close(actual, expected):
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            a, b = np.asarray(a), np.asarray(b)
+            assert a.shape == b.shape
+            assert a.size == 0 or np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+
+    def assert_spread(array, axis):
+        if array.size:
+            shards = {{shard.data.shape[axis] for shard in array.addressable_shards}}
+            assert shards == {{array.shape[axis] // {devices}}}, (shards, array.sharding)
+
+    def loss(model, images):
+        return (model(images).patches ** 3).mean()
+
+    # The own grid of positions; another one; a single patch, whose axes are easily mistaken for one another.
+    for family, size, record in [
+        ("dinov2 with registers", (20, 20), ("pattern", "resid_post")),
+        ("dinov2 with registers", (24, 16), ()),
+        ("dinov2 giant", (4, 4), {{"pattern": Take(layers=(0, 2), tokens="all"), "q": Take(layers=-1)}}),
+    ]:
+        model, images = random_model(FAMILIES[family]), random_images(0, 2 * {devices}, *size)
+        copied = jax.device_put(model, NamedSharding(mesh, P()))
+        spread = jax.device_put(images, NamedSharding(mesh, P("data")))
+        run = jax.jit(lambda m, x: m(x, record))
+        expected = run(model, images)
+        with jax.set_mesh(mesh):
+            out = run(copied, spread)
+        assert_close(out, expected)
+        for array in (out.cls, out.registers, out.patches, out.tokens):
+            assert_spread(array, 0)
+        for array in out.trace.values():
+            assert_spread(array, 1)  # after the layers
+
+    gradient = jax.jit(jax.grad(loss))
+    expected = gradient(model, images)
+    with jax.set_mesh(mesh):
+        assert_close(gradient(copied, spread), expected)
+    print("ran to the end")
+"""
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_spread_images_give_the_outputs_of_one_device_spread(kind):
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }
+    script = textwrap.dedent(SCRIPT.format(devices=DEVICES))
+    command = [sys.executable, "-c", script, kind]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "ran to the end" in done.stdout
