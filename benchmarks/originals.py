@@ -23,9 +23,9 @@ def random_original(config: ViTConfig, library: str, seed: int = 0) -> Any:
         else:
             module = build_transformers(config)
         for parameter in module.parameters():
-            # Vectors and tokens move away from 0 and 1. Matrices of this size make attention neither uniform nor one-hot:
-            # were it close to one-hot, the largest float32 error of a layer would be that of a handful of weights, and
-            # its quotient with the original's a matter of luck.
+            # Vectors and tokens move away from 0 and 1. Matrices of this size make attention neither uniform nor
+            # one-hot: were it close to one-hot, the largest float32 error of a layer would be that of a handful of
+            # weights, and its quotient with the original's a matter of luck.
             size = 0.5 * parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.1
             parameter += size * torch.randn(parameter.shape)
     return module.eval()

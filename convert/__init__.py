@@ -16,9 +16,9 @@ from convert import dinov2
 from convert.engine import ConversionError, Layout, Tensors, convert_tensors, locate
 from convert.sources import Source, open_source
 from jaxvit.config import Resampling
-from jaxvit.params import from_params
+from jaxvit.params import from_params, to_params
 
-__all__ = ["ConversionError", "convert", "describe", "load"]
+__all__ = ["ConversionError", "convert", "load", "load_described"]
 
 LAYOUTS: tuple[Layout, ...] = dinov2.LAYOUTS
 
@@ -42,10 +42,29 @@ def load(
 
     Raises:
       ConversionError: the source cannot be read, is of no known layout, or does not fit its layout in every tensor.
+      jaxvit.CheckpointError: a folder that `jaxvit.save` wrote is damaged.
     """
+    return load_described(source, dtype=dtype, resampling=resampling, revision=revision)[0]
+
+
+def load_described(
+    source: Any,
+    *,
+    dtype: DTypeLike = "float32",
+    resampling: Resampling | None = None,
+    revision: str | None = None,
+) -> tuple[jaxvit.ViT, dict[str, Any]]:
+    """As `load`, with what is known of where the weights come from: kind, path, revision, checksums, layout."""
     if is_jaxvit_folder(source):
-        return jaxvit.cast(jaxvit.load(source), dtype)
-    return _convert(open_source(source, revision), dtype, resampling)[0]
+        model, (config, description) = jaxvit.load(source), jaxvit.read_config(source)
+        config = replace(config, resampling=resampling or config.resampling)
+        return jaxvit.cast(from_params(config, to_params(model)), dtype), description
+    opened = open_source(source, revision)
+    layout, tensors, config = recognise(opened)
+    config = replace(config, resampling=resampling or config.resampling)
+    params = convert_tensors(layout, tensors, config, dtype, opened.ignored)
+    model = from_params(config, {name: jnp.asarray(a) for name, a in params.items()})
+    return jaxvit.cast(model, dtype), opened.description | {"layout": layout.name}
 
 
 def convert(
@@ -60,9 +79,8 @@ def convert(
     """Converts and saves; the arguments are those of `load` and `jaxvit.save`. Returns the model."""
     if is_jaxvit_folder(source):
         raise ConversionError(f"{source} is a jaxvit model already")
-    opened = open_source(source, revision)
-    model, layout = _convert(opened, dtype, resampling)
-    description = opened.description | {"layout": layout.name, "versions": versions("jaxvit", "jax", "flax")}
+    model, description = load_described(source, dtype=dtype, resampling=resampling, revision=revision)
+    description["versions"] = versions("jaxvit", "jax", "flax")
     jaxvit.save(model, folder, source=description, overwrite=overwrite)
     return model
 
@@ -76,11 +94,6 @@ def is_jaxvit_folder(source: Any) -> bool:
     except jaxvit.CheckpointError:
         return False
     return True
-
-
-def describe(source: Any) -> dict[str, Any]:
-    """What is known of where a source's weights come from: kind, path, checksums."""
-    return jaxvit.read_config(source)[1] if is_jaxvit_folder(source) else open_source(source).description
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -104,11 +117,3 @@ def recognise(source: Source) -> tuple[Layout, Tensors, jaxvit.ViTConfig]:
         if isinstance(error, ConversionError):
             raise
         raise ConversionError(f"the shapes in this {layout.name} checkpoint fit no config: {error}") from None
-
-
-def _convert(source: Source, dtype: DTypeLike, resampling: Resampling | None) -> tuple[jaxvit.ViT, Layout]:
-    layout, tensors, config = recognise(source)
-    if resampling:
-        config = replace(config, resampling=resampling)
-    params = convert_tensors(layout, tensors, config, dtype, source.ignored)
-    return jaxvit.cast(from_params(config, {name: jnp.asarray(a) for name, a in params.items()}), dtype), layout

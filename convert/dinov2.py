@@ -114,7 +114,7 @@ def read_config(
 
     Args:
       hints: `heads`, `eps`, `preprocess` where a file beside the tensors gives them: they cannot be read from shapes.
-        `depth`, where given, must be what the tensors have.
+        `depth` and `registers`, where given, must be what the tensors have.
       positions: number of patch positions.
       block: the start of the names of a block, with a `{i}`.
       gates: tensor of block 0 that only a SwiGLU has -> the tensor whose last axis is its hidden size.
@@ -125,20 +125,20 @@ def read_config(
     pattern = re.compile(re.escape(block).replace(r"\{i\}", r"(\d+)") + r"\.")
     numbers = {int(match[1]) for name in tensors if (match := pattern.match(name))}
     if len(numbers) != max(numbers) + 1:
-        raise ConversionError(
-            f"the checkpoint's blocks are numbered {', '.join(map(str, sorted(numbers)))}: expected no gaps from 0 to the last"
-        )
-    if hints.get("depth", len(numbers)) != len(numbers):
-        raise ConversionError(f"the checkpoint holds {len(numbers)} blocks, but its config says {hints['depth']}")
+        listed = ", ".join(map(str, sorted(numbers)))
+        raise ConversionError(f"the checkpoint's blocks are numbered {listed}: expected no gaps from 0 to the last")
+    found = {"depth": len(numbers), "registers": shape_of(tensors, registers, 3)[1] if registers in tensors else 0}
+    if differ := [f"{n} {name}, not {hints[name]}" for name, n in found.items() if hints.get(name, n) != n]:
+        raise ConversionError(f"the checkpoint's tensors and its config disagree: {'; '.join(differ)}")
     swiglu = [out for gate, out in gates.items() if gate in tensors]
     hidden = swiglu[0] if swiglu else f"{block.format(i=0)}.mlp.fc2.weight"
     return ViTConfig(
-        depth=len(numbers),
+        depth=found["depth"],
+        registers=found["registers"],
         width=width,
         heads=hints.get("heads", width // 64),
         hidden=shape_of(tensors, hidden, 2)[1],
         mlp="swiglu" if swiglu else "gelu",
-        registers=shape_of(tensors, registers, 3)[1] if registers in tensors else 0,
         patch=patch,
         grid=(isqrt(positions), isqrt(positions)),
         eps=hints.get("eps", 1e-6),
@@ -209,7 +209,7 @@ HUB = Layout(
     anchors=("cls_token", "mask_token", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.ls1.gamma"),
     config=hub_config,
     rules=lambda config: meta(config, registers="register_tokens", gate_and_value="w12", out="w3"),
-    ignored={"mask_token": MASK},
+    ignored={"mask_token": MASK, "dino_head.*": HEAD, "ibot_head.*": HEAD},
     # Models sharded for training keep blocks in chunks, blocks.<chunk>.<block>; <block> already counts over all chunks.
     rename=lambda name: re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name),
 )

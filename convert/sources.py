@@ -129,7 +129,7 @@ def _first_sentence(message: str) -> str:
     return re.split(r"\.\s|\n", message.strip())[0]
 
 
-def _state_dict(content: Mapping[str, Any]) -> Mapping[str, Any]:
+def _state_dict(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """Training checkpoints keep the state dict one level down, among optimiser states and counters."""
     for name in ("teacher", "state_dict", "model"):
         if isinstance(content.get(name), Mapping):
@@ -137,7 +137,7 @@ def _state_dict(content: Mapping[str, Any]) -> Mapping[str, Any]:
     return content
 
 
-def _arrays(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _arrays(state: Mapping[Any, Any]) -> dict[str, np.ndarray]:
     if foreign := [name for name, value in state.items() if not (isinstance(name, str) and hasattr(value, "shape"))]:
         raise ConversionError(f"not a state dict of names and tensors: {', '.join(map(repr, foreign[:10]))}")
     arrays, problems = {}, []
@@ -219,7 +219,8 @@ def transformers_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if config.get("hidden_act", "gelu") != "gelu":
         raise ConversionError(f"the config's activation is {config['hidden_act']!r}; DINOv2 has the exact GELU, 'gelu'")
-    names = {"heads": "num_attention_heads", "eps": "layer_norm_eps", "depth": "num_hidden_layers"}
+    names = {"heads": "num_attention_heads", "eps": "layer_norm_eps"}
+    names |= {"depth": "num_hidden_layers", "registers": "num_register_tokens"}
     hints = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
     if wrong := [names[name] for name, value in hints.items() if not isinstance(value, int | float)]:
         raise ConversionError(f"the config's {', '.join(wrong)} should be numbers")

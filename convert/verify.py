@@ -152,7 +152,7 @@ def verify(
     return comparisons
 
 
-def random_images(model: ViT, size: Size, seed: int = 0, tokens: int = 1000) -> np.ndarray:
+def random_images(model: ViT, size: Size, seed: int = 0, tokens: int = 500) -> np.ndarray:
     """Noise [B, H, W, 3], as many images as together have at least so many tokens.
 
     Errors are maxima, and the quotient of two maxima over few numbers is a matter of luck.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ Params = dict[str, Any]
 """Dotted parameter name -> array. Those of the blocks have a leading axis L: `blocks.attn.qkv.kernel` is [L, D, 3D]."""
 
 
+@lru_cache(maxsize=32)
 def abstract(config: ViTConfig) -> ViT:
     """A model of shapes and dtypes alone, which takes no memory: what `config` expects of its parameters."""
     return jax.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))

@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 from layouts import hub_state, numbers
 
 import convert
+import convert.verify as verify
 import jaxvit
 from benchmarks.originals import random_original
 from benchmarks.parity import CASES
@@ -37,6 +38,12 @@ CONFIGS = {
 SITES_BOTH_HAVE = {"resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid"} | {
     "mlp_pre", "mlp_post", "mlp_out", "resid_post", "final"
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def optimised(monkeypatch):
+    """These programs run for longer than they compile: they are optimised, as the rest of the suite is not."""
+    monkeypatch.setitem(verify.PRECISE_ON_CPU, "xla_backend_optimization_level", 3)
 
 
 def check(model, original, images):
