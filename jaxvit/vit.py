@@ -59,8 +59,13 @@ class Take:
     layers: int | tuple[int, ...] | None = None
     tokens: Literal["prefix", "all"] | None = None
 
+    def __post_init__(self) -> None:
+        if self.tokens not in ("prefix", "all", None):
+            raise ValueError(f"tokens is {self.tokens!r}; expected 'prefix', 'all' or None")
+
 
 Record = str | Iterable[str] | Mapping[str, Take]
+"""What to record: a site, several, or how much of each."""
 Layer = dict[str, bool]  # what one layer records: site -> whether of all tokens
 
 
@@ -253,11 +258,13 @@ class ViT(nnx.Module):
         """The sequence that enters the first block."""
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images have shape {images.shape}; expected [batch, height, width, 3 channels]")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images are {images.dtype}; expected normalised numbers: use jaxvit.prepare")
         layout, p = self.config.layout(*images.shape[1:3]), self.config.patch
-        rows, columns = layout.grid
+        B, (rows, columns) = len(images), layout.grid
         # One axis at a time, which JAX can follow when the batch is sharded.
-        strips = images.astype(self.patch_embed.kernel.dtype).reshape(-1, rows, p, columns * p, 3)
-        pixels = strips.reshape(-1, rows, p, columns, p, 3).swapaxes(2, 3)
+        strips = images.astype(self.patch_embed.kernel.dtype).reshape(B, rows, p, columns * p, 3)
+        pixels = strips.reshape(B, rows, p, columns, p, 3).swapaxes(2, 3)
         patches_BND = self.patch_embed(jax.lax.collapse(jax.lax.collapse(pixels, 3), 1, 3))
         positions = resample_positions(self.positions[...], layout.grid, self.config.resampling)
         # One sum of [0, patches] and [cls, registers, positions] instead of a concatenation with tokens that must

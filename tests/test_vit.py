@@ -446,11 +446,31 @@ def test_float64_is_refused_where_jax_has_it_disabled(one):
     ],
 )
 def test_wrong_images_are_described(shape, words):
+    assert all(word in refusal(jax.ShapeDtypeStruct(shape, jnp.float32)) for word in words)
+
+
+def test_pixels_that_are_not_normalised_are_refused():
+    message = refusal(jax.ShapeDtypeStruct((1, 24, 24, 3), jnp.uint8))
+    assert "uint8" in message and "jaxvit.prepare" in message
+
+
+def refusal(images):
     # By shapes alone and without the run-time types of the signature, which would speak first.
     embed = getattr(ViT.embed, "__wrapped__", ViT.embed)
     with pytest.raises(ValueError) as caught:
-        jax.eval_shape(embed, abstract(FAMILIES["dinov2"]), jax.ShapeDtypeStruct(shape, jnp.float32))
-    assert all(word in str(caught.value) for word in words)
+        jax.eval_shape(embed, abstract(FAMILIES["dinov2"]), images)
+    return str(caught.value)
+
+
+def test_a_take_of_unknown_tokens_is_refused():
+    take = object.__new__(Take)  # past the run-time types of its constructor, which would speak first
+    object.__setattr__(take, "tokens", "patches")
+    with pytest.raises(ValueError, match="tokens is 'patches'; expected 'prefix', 'all' or None"):
+        take.__post_init__()
+
+
+def test_one_site_needs_no_tuple(one, images):
+    assert_same(run(one, images, ("q",)).trace, jax.jit(lambda m, x: m(x, "q"))(one, images).trace)
 
 
 @pytest.mark.parametrize(
