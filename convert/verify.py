@@ -19,7 +19,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from convert import versions
 from convert.engine import ConversionError
 from convert.originals import Original, Values, original_of
 from convert.sources import sha256
-from jaxvit import SITES, Take, ViT, ViTConfig
+from jaxvit import SITES, Output, Take, ViT, ViTConfig
 from jaxvit.checkpoint import PARITY, WEIGHTS, replacing_file
 
 FLOAT64_LIMIT = 1e-10
@@ -111,13 +112,19 @@ def run(model: ViT, images: np.ndarray, sites: Iterable[str], precise: bool = Tr
     Args:
       precise: matrix products at the highest precision the backend has, not at its default.
     """
-    record = {site: Take(tokens="all") for site in sites if site in SITES}
-    options = PRECISE_ON_CPU if precise and jax.default_backend() == "cpu" else None
+    options = PRECISE_ON_CPU if precise and jax.default_backend() == "cpu" else {}
+    forward = compiled_by(tuple(site for site in sites if site in SITES), tuple(options.items()))
     with jax.default_matmul_precision("highest" if precise else None):
-        forward = jax.jit(lambda model, images: model(images, record), compiler_options=options)
         out = forward(model, jnp.asarray(images, model.cls.dtype))
     final = jnp.concatenate([out.cls[:, None], out.registers, out.patches], axis=1)
     return {site: np.asarray(value) for site, value in {**out.trace, "final": final[None]}.items()}
+
+
+@cache
+def compiled_by(sites: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> Callable[[ViT, jax.Array], Output]:
+    """The recording forward pass; kept, so that models of the same sizes compile once."""
+    record = {site: Take(tokens="all") for site in sites}
+    return jax.jit(lambda model, images: model(images, record), compiler_options=dict(options))
 
 
 def errors(values: Values, reference: Values) -> dict[str, list[float]]:

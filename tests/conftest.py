@@ -7,6 +7,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Its programs compile for seconds and run for microseconds. XLA_FLAGS= runs the suite on optimised ones.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+# Several processes share the cores: PyTorch's threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
