@@ -23,6 +23,7 @@ from experiments.report import write_report
 from jaxvit.checkpoint import replacing
 
 SCHEMA = 1
+FILES = ("report.html", "results.json", "per_image.csv")
 EXPECTED = (convert.ConversionError, jaxvit.CheckpointError, jaxvit.ImageError, embedded.DataError)
 
 
@@ -69,7 +70,7 @@ def run_last_layer(options: argparse.Namespace) -> None:
     sources = jaxvit.find_images(folder)
     model, description = convert.load_described(source)
     loaded = time.perf_counter()
-    with replacing(options.out) as out:
+    with replacing(options.out, FILES) as out:
         analysis = last_layer.analyse(
             model,
             sources,
@@ -99,7 +100,7 @@ def run_last_layer(options: argparse.Namespace) -> None:
         (out / "results.json").write_text(json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
         write_report(out / "report.html", results, analysis.examples)
     print_table(results)
-    print(f"\nwrote {options.out}/report.html, results.json, per_image.csv")
+    print(f"\nwrote {options.out}: {', '.join(FILES)}")
 
 
 def name_of(source: Any) -> str:

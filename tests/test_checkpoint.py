@@ -359,3 +359,13 @@ def test_a_place_that_cannot_be_written_is_described(other, tmp_path):
             jaxvit.save(other, place)
         one_sentence(caught)
     assert contents(tmp_path) == {"file": b"mine"}
+
+
+def test_a_model_folder_with_other_things_in_it_is_never_replaced(tmp_path):
+    model = random_model(FAMILIES["dinov2"])
+    jaxvit.save(model, tmp_path / "model")
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="holds other things, such as notes.txt"):
+        jaxvit.save(model, tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

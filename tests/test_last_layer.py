@@ -155,6 +155,8 @@ def test_errors_are_one_sentence_and_leave_nothing(model, folder, tmp_path, caps
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.png").write_bytes(b"no image")
     (tmp_path / "a file").write_text("")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     good = ["--model", str(tmp_path / "model"), "--images", str(folder), "--out", str(tmp_path / "out")]
     for change, words in {
         ("--model", str(tmp_path / "nothing")): "nothing",
@@ -164,11 +166,13 @@ def test_errors_are_one_sentence_and_leave_nothing(model, folder, tmp_path, caps
         ("--size", "21"): "multiples of the patch size 4",
         ("--show", "cat*"): "no image is named like cat*",
         ("--out", str(tmp_path / "a file" / "out")): "cannot write",
+        ("--out", str(tmp_path / "mine")): "holds other things, such as thesis.tex",
     }.items():
         assert main(["last-layer", *good, *change]) == 1, change
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and words in error, error
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*")), change
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
 def test_running_statistics():
