@@ -4,7 +4,7 @@
     python -m benchmarks parity --write    and put it into README.md
 
 Random weights of the full width; S and B at full depth, L and g with fewer blocks. The last row is the real DINOv2-S
-on photographs. Takes about ten minutes on two cores.
+on photographs. Takes a quarter of an hour on two cores.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 import jaxvit
 from convert import dinov2
 from convert.engine import ConversionError, Layout, Tensors, convert_tensors, locate
-from convert.sources import Source, open_source
+from convert.sources import Source, open_source, sha256
+from jaxvit.checkpoint import WEIGHTS
 from jaxvit.config import Resampling
 from jaxvit.params import from_params, to_params
 
@@ -35,7 +36,7 @@ def load(
     Args:
       source: a file (.safetensors, .pth, .onnx), a folder written by transformers or timm, a hub id such as
         "facebook/dinov2-with-registers-small", a live timm or transformers module, or a state dict. A folder that
-        `jaxvit.save` wrote is read as it is.
+        `jaxvit.save` wrote is taken too.
       dtype: of the parameters.
       resampling: overrides the rule by which the source's own library brings positions to other image sizes.
       revision: commit, branch or tag, for a hub id.
@@ -58,6 +59,7 @@ def load_described(
     if is_jaxvit_folder(source):
         model, (config, description) = jaxvit.load(source), jaxvit.read_config(source)
         config = replace(config, resampling=resampling or config.resampling)
+        description["converted sha256"] = sha256(Path(source) / WEIGHTS)
         return jaxvit.cast(from_params(config, to_params(model)), dtype), description
     opened = open_source(source, revision)
     layout, tensors, config = recognise(opened)

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from timm.layers.mlp import GluMlp, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from convert import recognise, versions
+from convert import is_jaxvit_folder, recognise, versions
 from convert.engine import ConversionError, Layout, Tensors
 from convert.sources import open_source
 from jaxvit import ViTConfig
@@ -67,6 +67,8 @@ def original_of(source: Any, resampling: Resampling | None = None, revision: str
     if isinstance(source, torch.nn.Module):
         _, _, config = recognise(open_source(source))
         return Original(_name(source), source, config, overriding(resampling, config))
+    if is_jaxvit_folder(source):
+        raise ConversionError(f"{source} is a jaxvit model: its original is the PyTorch checkpoint it was made from")
     opened = open_source(source, revision)
     layout, tensors, config = recognise(opened)
     ignored = [*layout.ignored, *opened.ignored]

@@ -80,16 +80,20 @@ class Comparison(NamedTuple):
         }
 
     def worst64(self) -> float:
-        return max(map(max, self.float64.values()))
+        return worst(self.float64, self.float64)
 
     def worst_ratio(self, sites: Iterable[str] = FLOAT32_SITES) -> float:
-        ratios = self.ratios()
-        return max(max(ratios[site]) for site in sites)
+        return worst(self.ratios(), sites)
 
     @property
     def passed(self) -> bool:
-        # Written so that NaN, which compares false with everything, does not pass.
+        # NaN compares false with everything, and so does not pass.
         return self.worst64() <= FLOAT64_LIMIT and self.worst_ratio() <= FLOAT32_LIMIT
+
+
+def worst(errors: Mapping[str, Sequence[float]], sites: Iterable[str]) -> float:
+    """The largest error at these sites; NaN if there is one, which Python's max may pass over."""
+    return float(np.max([error for site in sites for error in errors[site]]))
 
 
 def compare(model: ViT, original: Original, images: np.ndarray, defaults: bool = True) -> Comparison:
@@ -203,7 +207,7 @@ def table(comparisons: Mapping[str, Comparison]) -> str:
     for size, c in comparisons.items():
         ratios = c.ratios()
         cells = [
-            (max(c.float64[site]), max(ratios[site]))
+            (worst(c.float64, [site]), worst(ratios, [site]))
             if layer is None
             else (c.float64[site][layer], ratios[site][layer])
             for _, site, layer in TABLE_SITES

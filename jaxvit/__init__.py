@@ -5,6 +5,7 @@ out = model(jaxvit.prepare("photo.jpg", model.config), record=("pattern",))
 out.cls, out.registers, out.patches, out.trace["pattern"]
 """
 
+from jaxvit import decompose, similarity
 from jaxvit.checkpoint import CheckpointError, load, read_config, save
 from jaxvit.config import Preprocess, ViTConfig
 from jaxvit.images import Batch, ImageError, decode, find_images, prepare, resize, stream
@@ -25,6 +26,7 @@ __all__ = [
     "ViTConfig",
     "cast",
     "decode",
+    "decompose",
     "find_images",
     "functional",
     "load",
@@ -32,5 +34,6 @@ __all__ = [
     "read_config",
     "resize",
     "save",
+    "similarity",
     "stream",
 ]

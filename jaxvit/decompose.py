@@ -38,7 +38,13 @@ class Parts(NamedTuple):
 
 
 def block_of(model: ViT, layer: int) -> Block:
-    """One block's parameters, without the layer axis."""
+    """One block's parameters, without the layer axis; `layer` may count from the end.
+
+    Raises:
+      ValueError: there is no such layer.
+    """
+    if not -model.config.depth <= layer < model.config.depth:
+        raise ValueError(f"there is no layer {layer} in a model of {model.config.depth} layers")
     return jax.tree.map(lambda a: a[layer], model.blocks)
 
 

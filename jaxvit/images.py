@@ -302,7 +302,8 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
     if not folder.is_dir():
         raise ImageError(f"{folder} is {'a file, not a folder' if folder.exists() else 'not there'}; expected a folder")
     # macOS leaves a hidden "._photo.jpg", which is no image, beside each photo.jpg that it copies.
-    found = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file()]
+    visible = (p for p in folder.rglob("*") if not any(part[0] == "." for part in p.relative_to(folder).parts))
+    found = [p for p in visible if p.suffix.lower() in SUFFIXES and p.is_file()]
     if not found:
         raise ImageError(f"{folder} holds no image, at any depth; looked for {', '.join(sorted(SUFFIXES))}")
     return sorted(found)

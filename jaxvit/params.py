@@ -62,8 +62,10 @@ def cast(model: ViT, dtype: DTypeLike) -> ViT:
     """The same model with its parameters, and so its arithmetic, in another floating-point type.
 
     Raises:
-      ValueError: float64 is asked for while JAX has it disabled.
+      ValueError: not a floating-point type, or float64 while JAX has it disabled.
     """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"a model cannot be of {np.dtype(dtype)}: its parameters are floating-point numbers")
     if not enabled(dtype):
         raise ValueError(f"{np.dtype(dtype)} is disabled: run under `jax.enable_x64(True)` or set JAX_ENABLE_X64=1")
     return jax.tree.map(lambda a: jnp.asarray(a, dtype), model)

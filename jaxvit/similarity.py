@@ -61,11 +61,16 @@ class StreamingCKA:
         """Adds rows: `reference` [b, d1] and each of `others` [b, d2], of the same images in the same order.
 
         Raises:
-          ValueError: numbers of rows that differ, or other names than before; nothing is added.
+          ValueError: numbers of rows that differ, or other names or widths than before; nothing is added.
         """
         for name, rows in others.items():
             if len(rows) != len(reference):
                 raise ValueError(f"{name} has {len(rows)} rows, the reference {len(reference)}")
+        given = {"reference": reference, **{f"other {name}": rows for name, rows in others.items()}}
+        for name, rows in given.items():
+            width = self.origins[name].shape if name in self.origins else np.shape(rows)[1:]
+            if np.ndim(rows) != 2 or np.shape(rows)[1:] != width:
+                raise ValueError(f"{name} has shape {np.shape(rows)}; expected [rows, {', '.join(map(str, width))}]")
         if self.n and set(others) != set(self._names()):
             raise ValueError(f"representations are {sorted(others)}, but were {sorted(self._names())} so far")
         if len(reference) == 0:

@@ -60,6 +60,8 @@ class Take:
     tokens: Literal["prefix", "all"] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.layers, str | slice):
+            raise ValueError(f"layers is {self.layers!r}; expected a number, several, or None for all")
         if self.tokens not in ("prefix", "all", None):
             raise ValueError(f"tokens is {self.tokens!r}; expected 'prefix', 'all' or None")
 
@@ -280,6 +282,8 @@ class ViT(nnx.Module):
         `run_from(l, out.trace["resid_pre"][l])` equals the run that was recorded. Layers in `record` keep their
         absolute numbers.
         """
+        if resid_BTD.ndim != 3 or resid_BTD.shape[-1] != self.config.width:
+            raise ValueError(f"the stream has shape {resid_BTD.shape}; expected [batch, tokens, {self.config.width}]")
         plan = recording_plan(record, self.config.depth, layer)
         prefix = 1 + self.config.registers
         trace: dict[str, list[Array]] = {}
@@ -317,6 +321,8 @@ def recording_plan(record: Record, depth: int, first: int = 0) -> list[tuple[int
     """
     names = (record,) if isinstance(record, str) else record
     takes = dict(record) if isinstance(record, Mapping) else {site: Take() for site in names}
+    if wrong := [site for site, take in takes.items() if not isinstance(take, Take)]:
+        raise ValueError(f"record of {', '.join(map(repr, wrong))} is no Take: write {{'pattern': Take(layers=-1)}}")
     if unknown := sorted(set(takes) - set(SITES)):
         raise ValueError(f"no site {', '.join(map(repr, unknown))}; the sites are {', '.join(SITES)}")
     if not 0 <= first <= depth:
@@ -324,7 +330,7 @@ def recording_plan(record: Record, depth: int, first: int = 0) -> list[tuple[int
     wanted: list[Layer] = [{} for _ in range(depth)]
     for site, take in takes.items():
         layers = range(first, depth) if take.layers is None else take.layers
-        asked = (layers,) if isinstance(layers, int) else layers
+        asked = layers if isinstance(layers, Iterable) else (int(layers),)
         for layer in asked:
             if not first <= layer % depth or not -depth <= layer < depth:
                 raise ValueError(f"cannot record {site!r} of layer {layer}: layers {first} to {depth - 1} run")

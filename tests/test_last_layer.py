@@ -127,8 +127,10 @@ def test_cka_is_of_the_stated_vectors(model, folder):
     assert results["A9"]["skip"]["n"] == 11 and results["A9"]["skip"]["d2"] == TINY["width"]
 
 
-def test_command(model, folder, tmp_path, capsys):
+def test_command(model, folder, tmp_path, capsys, monkeypatch):
     """Model and images by path; a corrupt image is named, skipped and counted; all files are there and agree."""
+    monkeypatch.setattr(embedded, "from_wheel", None)  # nothing is fetched for a model and images of one's own
+    monkeypatch.chdir(tmp_path)
     jaxvit.save(model, tmp_path / "model")
     images = tmp_path / "images"
     images.mkdir()
@@ -145,7 +147,9 @@ def test_command(model, folder, tmp_path, capsys):
     assert len(rows) == 11
     patches = np.mean([float(row["mass patches"]) for row in rows])
     assert results["A1"]["mass"]["patches"]["mean"] == pytest.approx(patches, rel=1e-5)
-    assert "11 images" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "11 images" in printed and "1 of 12 images could not be used" in printed
+    assert len(results["model"]["source"]["converted sha256"]) == 64
     assert (out / "report.html").stat().st_size > 10_000
 
 
@@ -157,6 +161,8 @@ def test_errors_are_one_sentence_and_leave_nothing(model, folder, tmp_path, caps
     (tmp_path / "a file").write_text("")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    (tmp_path / "alike").mkdir()
+    (tmp_path / "alike" / "results.json").write_text('{"experiment": "mine"}')
     good = ["--model", str(tmp_path / "model"), "--images", str(folder), "--out", str(tmp_path / "out")]
     for change, words in {
         ("--model", str(tmp_path / "nothing")): "nothing",
@@ -166,6 +172,8 @@ def test_errors_are_one_sentence_and_leave_nothing(model, folder, tmp_path, caps
         ("--size", "21"): "multiples of the patch size 4",
         ("--show", "cat*"): "no image is named like cat*",
         ("--out", str(tmp_path / "a file" / "out")): "cannot write",
+        ("--out", str(tmp_path / "alike")): "holds files of another origin",
+        ("--batch-size", "0"): "must be at least 1",
         ("--out", str(tmp_path / "mine")): "holds other things, such as thesis.tex",
     }.items():
         assert main(["last-layer", *good, *change]) == 1, change

@@ -164,3 +164,12 @@ def test_gradients(library, registers, mlp):
             error = np.abs(gradient - expected[name]).max() / np.abs(expected[name]).max()
             # The key bias moves all scores of a row alike: its gradient is zero but for rounding, within q, k and v's.
             assert error <= 1e-9, (name, error)
+
+
+def test_nan_never_passes():
+    good = {site: [1e-15, 1e-15] for site in SITES_BOTH_HAVE}
+    for site in SITES_BOTH_HAVE:
+        bad = good | {site: [1e-15, float("nan")]}
+        assert verify.Comparison(good, good, good, {}).passed
+        assert not verify.Comparison(bad, good, good, {}).passed
+    assert not verify.Comparison(good, good | {"final": [1e-15, float("nan")]}, good, {}).passed

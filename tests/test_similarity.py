@@ -184,3 +184,17 @@ def test_cosine():
     x = jnp.array([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [-2.0, -2.0]])
     y = jnp.array([[6.0, 8.0], [0.0, 5.0], [1.0, 2.0], [0.0, 0.0], [1.0, 1.0]])
     np.testing.assert_allclose(jax.jit(cosine)(x, y), [1, 0, 0, 0, -1], atol=1e-6)
+
+
+def test_a_refused_batch_leaves_no_trace():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(12, 3)), rng.normal(size=(12, 4))
+    clean, disturbed = StreamingCKA(), StreamingCKA()
+    for cka in (clean, disturbed):
+        cka.update(x[:6], {"y": y[:6]})
+    for bad_x, bad_y in [(x, y[:, :1]), (x[:, :2], y), (x, y[:, 0]), (x, y[:5])]:
+        with pytest.raises(ValueError):
+            disturbed.update(bad_x, {"y": bad_y})
+    for cka in (clean, disturbed):
+        cka.update(x[6:], {"y": y[6:]})
+    assert clean.results() == disturbed.results()
