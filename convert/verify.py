@@ -10,8 +10,8 @@ Error: the largest absolute difference, divided by the largest absolute value of
 
 Matrix products run at the highest precision the backend has. On a CPU that means without XLA's YNNPACK kernels, its
 default since jaxlib 0.10: they add up all products of a row one after the other, where PyTorch's library and XLA's own
-kernels add in blocks, and so make rounding errors up to four times as large in long sums. What the defaults give is measured too,
-and reported without a limit.
+kernels add in blocks, and so make rounding errors up to four times as large in long sums. What the defaults give is
+measured too, and reported without a limit.
 """
 
 from __future__ import annotations
