@@ -128,7 +128,7 @@ def run(model: ViT, images: np.ndarray, sites: Iterable[str], precise: bool = Tr
 def compiled_by(sites: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> Callable[[ViT, jax.Array], Output]:
     """The recording forward pass; kept, so that models of the same sizes compile once."""
     record = {site: Take(tokens="all") for site in sites}
-    return jax.jit(lambda model, images: model(images, record), compiler_options=dict(options))
+    return jax.jit(lambda model, images: model(images, record=record), compiler_options=dict(options))
 
 
 def errors(values: Values, reference: Values) -> dict[str, list[float]]:

@@ -60,7 +60,7 @@ def measure(model: ViT, images: Float[Array, "B H W 3"]) -> Measured:
     last, prefix = Take(layers=-1), Take(layers=-1, tokens="prefix")
     record = {"pattern": last, "v": last, "skip_attn": prefix, "attn_out": prefix, "resid_mid": prefix}
     record |= {"mlp_out": prefix, "resid_post": Take(tokens="prefix")}
-    out = model(images, record)
+    out = model(images, record=record)
     layout = model.config.layout(*images.shape[1:3])
 
     pattern = out.trace["pattern"][-1][:, :, :1]  # the row of [CLS]

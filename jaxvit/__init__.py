@@ -10,8 +10,9 @@ from jaxvit.checkpoint import CheckpointError, load, read_config, save
 from jaxvit.config import Preprocess, ViTConfig
 from jaxvit.images import Batch, ImageError, decode, find_images, prepare, resize, stream
 from jaxvit.params import cast, functional
+from jaxvit.sites import SITES, Take
 from jaxvit.tokens import TokenLayout
-from jaxvit.vit import SITES, Output, Take, ViT
+from jaxvit.vit import Output, ViT
 
 __all__ = [
     "SITES",

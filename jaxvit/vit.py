@@ -9,11 +9,9 @@ an argument. All blocks are one `Block` whose parameters have a leading axis L, 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,54 +19,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxvit.config import ViTConfig
+from jaxvit.edits import Edits, Operation, by_layer, check_edits, listed
 from jaxvit.positions import resample_positions
+from jaxvit.sites import ATTENTION_SITES, Layer, Record, recording_plan
 from jaxvit.tokens import TokenLayout
-
-SITES = {
-    "resid_pre": "B T D",  # input of the block; of block 0: the embedding
-    "q": "B T H d",  # what enters the dot product
-    "k": "B T H d",
-    "v": "B T H d",
-    "scores": "B H Q T",  # after 1/sqrt(d), before the softmax
-    "pattern": "B H Q T",  # after the softmax
-    "z": "B T H d",  # outputs of the heads, before the output projection
-    "attn_out": "B T D",  # after LayerScale: what is added to the stream
-    "skip_attn": "B T D",  # the identity branch it is added to
-    "resid_mid": "B T D",  # skip_attn + attn_out
-    "mlp_pre": "B T F",  # before the activation (SwiGLU: the gate)
-    "mlp_post": "B T F",  # what the last matrix of the MLP reads (SwiGLU: silu(gate) * value)
-    "mlp_out": "B T D",  # after LayerScale
-    "skip_mlp": "B T D",
-    "resid_post": "B T D",  # skip_mlp + mlp_out, = resid_pre of the next block
-}
-"""Every value that can be recorded, in order of computation, with its axes in one layer."""
-
-ATTENTION_SITES = ("scores", "pattern")
-
-
-@dataclass(frozen=True)
-class Take:
-    """What to record of a site.
-
-    Attributes:
-      layers: one layer, several, or None for all; negative ones count from the end. Traces are in order of depth.
-      tokens: `prefix` keeps [CLS] and the registers, `all` keeps every token; at `scores` and `pattern` these are the
-        query rows. None: the prefix at those two sites, whose full size is T x T a head, and all tokens elsewhere.
-    """
-
-    layers: int | tuple[int, ...] | None = None
-    tokens: Literal["prefix", "all"] | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.layers, str | slice):
-            raise ValueError(f"layers is {self.layers!r}; expected a number, several, or None for all")
-        if self.tokens not in ("prefix", "all", None):
-            raise ValueError(f"tokens is {self.tokens!r}; expected 'prefix', 'all' or None")
-
-
-Record = str | Iterable[str] | Mapping[str, Take]
-"""What to record: a site, several, or how much of each."""
-Layer = dict[str, bool]  # what one layer records: site -> whether of all tokens
 
 
 class Output(NamedTuple):
@@ -88,21 +42,33 @@ class Output(NamedTuple):
 
 
 class Tap:
-    """Names the values of one layer as they go by, and keeps those that were asked for."""
+    """Names the values of one layer as they go by: edits those that are to change, keeps those that were asked for.
 
-    def __init__(self, wanted: Layer, prefix: int):
-        self.wanted, self.prefix = wanted, prefix
+    Args:
+      wanted: site -> whether of all tokens.
+      edits: site -> what is applied there, in order; of this layer, without a layer axis.
+    """
+
+    def __init__(self, wanted: Layer, edits: Mapping[str, Sequence[Operation]], prefix: int):
+        self.wanted, self.edits, self.prefix = wanted, edits, prefix
         self.trace: dict[str, Array] = {}
 
     def __call__(self, site: str, x: Array) -> Array:
+        x = self.edited(site, x)
         if site in self.wanted:
             axis = 2 if site in ATTENTION_SITES else 1
             self.trace[site] = x if self.wanted[site] else jax.lax.slice_in_dim(x, 0, self.prefix, axis=axis)
         return x
 
+    def edited(self, site: str, x: Array) -> Array:
+        for edit in self.edits.get(site, ()):
+            x = edit(site, x, self.prefix)
+        return x
+
     def explicit_rows(self, tokens: int) -> int:
         """How many query rows, from the first, need their attention weights written out."""
         asked = [self.wanted[site] for site in ATTENTION_SITES if site in self.wanted]
+        asked += [edit.queries == "all" for site in ATTENTION_SITES for edit in self.edits.get(site, ())]
         return tokens if any(asked) else self.prefix if asked else 0
 
 
@@ -141,7 +107,7 @@ class Attention(nnx.Module):
         return self.proj(jax.lax.collapse(z_BTHd, 2))
 
     def attend(self, q_BTHd: Array, k_BTHd: Array, v_BTHd: Array, tap: Tap) -> Array:
-        """Rows whose weights somebody reads are written out; the others may use a fused kernel."""
+        """Rows whose weights somebody reads or edits are written out; the others may use a fused kernel."""
         T = q_BTHd.shape[1]
         # The fused path always takes its softmax in float32, so float64 is written out too.
         rows = T if q_BTHd.dtype == jnp.float64 else tap.explicit_rows(T)
@@ -151,11 +117,23 @@ class Attention(nnx.Module):
         wide = jnp.float64 if q_BTHd.dtype == jnp.float64 else jnp.float32
         scaled_q = q_BTHd[:, :rows] * q_BTHd.shape[-1] ** -0.5
         scores = jnp.einsum("BQHd,BTHd->BHQT", scaled_q, k_BTHd, preferred_element_type=wide)
-        pattern = tap("pattern", jax.nn.softmax(tap("scores", scores)))
+        pattern = tap("pattern", softmax(tap("scores", scores), tap))
         z_BQHd = jnp.einsum("BHQT,BTHd->BQHd", pattern.astype(v_BTHd.dtype), v_BTHd)
         if rows == T:
             return z_BQHd
         return jnp.concatenate([z_BQHd, fused_attention(q_BTHd[:, rows:], k_BTHd, v_BTHd)], axis=1)
+
+
+def softmax(scores_BHQT: Array, tap: Tap) -> Array:
+    """The softmax over keys, by way of the site `weights`. A row without any weight is zeros."""
+    # What counts as the largest score is the largest that keeps a weight: were a key that is cut far above the others,
+    # these would underflow. An edit of 1 shows which are cut.
+    kept = tap.edited("weights", jnp.ones_like(scores_BHQT)) != 0
+    top = jnp.max(scores_BHQT, axis=-1, keepdims=True, where=kept, initial=-jnp.inf)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0, top))
+    weights = tap("weights", jnp.exp(jnp.where(kept, scores_BHQT - top, 0)))
+    total = weights.sum(-1, keepdims=True)
+    return weights / jnp.where(total == 0, 1, total)
 
 
 def fused_attention(q_BQHd: Array, k_BTHd: Array, v_BTHd: Array) -> Array:
@@ -244,17 +222,20 @@ class ViT(nnx.Module):
         """The sequence for images of the size the checkpoint's preparation gives; `config.layout` for other sizes."""
         return self.config.layout()
 
-    def __call__(self, images: Float[Array, "B H W 3"], record: Record = ()) -> Output:
+    def __call__(self, images: Float[Array, "B H W 3"], edits: Edits | None = None, record: Record = ()) -> Output:
         """Runs the model.
 
         Args:
           images: normalised (see `jaxvit.prepare`), sides multiples of the patch size; cast to the parameters' dtype.
-          record: sites to keep, `("pattern", "resid_post")`, or how much of each, `{"pattern": Take(layers=-1)}`.
+          edits: site -> what to change there; see `jaxvit.Edit`, and `ablate`, `patch`, `knockout` .. which make them.
+          record: sites to keep, `("pattern", "resid_post")`, or how much of each, `{"pattern": Take(layers=-1)}`;
+            after their edits.
 
         Raises:
-          ValueError: an image size that is not a multiple of the patch, an unknown site, a layer that is not there.
+          ValueError: an image size that is not a multiple of the patch, an unknown site, a layer that is not there,
+            an edit whose arrays do not fit.
         """
-        return self.run_from(0, self.embed(images), record)
+        return self.run_from(0, self.embed(images), edits, record)
 
     def embed(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B T D"]:
         """The sequence that enters the first block."""
@@ -276,64 +257,74 @@ class ViT(nnx.Module):
             tokens.insert(1, self.registers[...])
         return jnp.pad(patches_BND, ((0, 0), (layout.prefix, 0), (0, 0))) + jnp.concatenate(tokens)[None]
 
-    def run_from(self, layer: int, resid_BTD: Float[Array, "B T D"], record: Record = ()) -> Output:
+    def run_from(
+        self,
+        layer: int | Array,
+        resid_BTD: Float[Array, "B T D"],
+        edits: Edits | None = None,
+        record: Record = (),
+    ) -> Output:
         """Runs blocks `layer` .. L - 1 and the final norm on the residual stream that enters block `layer`.
 
-        `run_from(l, out.trace["resid_pre"][l])` equals the run that was recorded. Layers in `record` keep their
-        absolute numbers.
+        `run_from(l, out.trace["resid_pre"][l])` equals the run that was recorded. Layers keep their absolute numbers,
+        in `record` and in `edits`, whose arrays have an axis of all L layers.
+
+        `layer` may be a traced integer, so that one program serves every start; then nothing can be recorded, as the
+        number of layers that run is not known, and there is no reverse-mode gradient.
         """
         if resid_BTD.ndim != 3 or resid_BTD.shape[-1] != self.config.width:
             raise ValueError(f"the stream has shape {resid_BTD.shape}; expected [batch, tokens, {self.config.width}]")
-        plan = recording_plan(record, self.config.depth, layer)
-        prefix = 1 + self.config.registers
-        trace: dict[str, list[Array]] = {}
+        changes = listed(edits)
+        check_edits(changes, self._sizes(*resid_BTD.shape[:2]))
+        scanned, of_layer = by_layer(changes, self.config.depth)
 
-        def step(x, block, wanted):
-            tap = Tap(wanted, prefix)
+        def step(x, block, edits, wanted):
+            tap = Tap(wanted, of_layer(edits), self.prefix)
             return block(x, tap), tap.trace
 
-        x = resid_BTD
-        for start, stop, wanted in plan:
-            blocks = self.blocks if (start, stop) == (0, self.config.depth) else layer_slice(self.blocks, start, stop)
-            x, new = jax.lax.scan(partial(step, wanted=wanted), x, blocks)
+        if isinstance(layer, jax.Array):
+            return self._finish(self._run_from_traced(layer, resid_BTD, scanned, record, step), {})
+        x, trace = resid_BTD, {}
+        for start, stop, wanted in recording_plan(record, self.config.depth, layer):
+            layers = layer_slice((self.blocks, scanned), start, stop) if stop - start < self.config.depth else None
+            x, new = jax.lax.scan(
+                lambda x, xs, wanted=wanted: step(x, *xs, wanted), x, layers or (self.blocks, scanned)
+            )
             for site, value in new.items():
                 trace.setdefault(site, []).append(value)
-        normed = self.norm(x)
+        return self._finish(x, {site: v[0] if len(v) == 1 else jnp.concatenate(v) for site, v in trace.items()})
+
+    def _run_from_traced(self, layer, x_BTD, scanned, record, step):
+        if record:
+            raise ValueError("a run that starts from a traced layer records nothing: the number of layers is not known")
+
+        def one_layer(i, x):
+            at = partial(jax.lax.dynamic_index_in_dim, index=i, axis=0, keepdims=False)
+            return step(x, *jax.tree.map(at, (self.blocks, scanned)), {})[0]
+
+        return jax.lax.fori_loop(layer, self.config.depth, one_layer, x_BTD)
+
+    def _finish(self, tokens_BTD: Array, trace: dict[str, Array]) -> Output:
+        normed = self.norm(tokens_BTD)
         return Output(
             cls=normed[:, 0],
-            registers=normed[:, 1:prefix],
-            patches=normed[:, prefix:],
-            tokens=x,
-            trace={site: v[0] if len(v) == 1 else jnp.concatenate(v) for site, v in trace.items()},
+            registers=normed[:, 1 : self.prefix],
+            patches=normed[:, self.prefix :],
+            tokens=tokens_BTD,
+            trace=trace,
         )
 
+    def _sizes(self, batch: int, tokens: int) -> dict[str, int]:
+        c = self.config
+        axes = {"B": batch, "T": tokens, "D": c.width, "H": c.heads, "d": c.head_size, "F": c.hidden}
+        return {**axes, "L": c.depth, "P": self.prefix}
 
-def layer_slice(blocks: Block, start: int, stop: int) -> Block:
-    """Blocks start .. stop - 1, still stacked."""
-    return jax.tree.map(lambda a: a[start:stop], blocks)
+    @property
+    def prefix(self) -> int:
+        """Number of tokens before the patches: [CLS] and the registers."""
+        return 1 + self.config.registers
 
 
-def recording_plan(record: Record, depth: int, first: int = 0) -> list[tuple[int, int, Layer]]:
-    """Splits layers first .. depth - 1 into runs (start, stop, what to record) that record the same; a scan each.
-
-    Raises:
-      ValueError: an unknown site, or a layer that does not run.
-    """
-    names = (record,) if isinstance(record, str) else record
-    takes = dict(record) if isinstance(record, Mapping) else {site: Take() for site in names}
-    if wrong := [site for site, take in takes.items() if not isinstance(take, Take)]:
-        raise ValueError(f"record of {', '.join(map(repr, wrong))} is no Take: write {{'pattern': Take(layers=-1)}}")
-    if unknown := sorted(set(takes) - set(SITES)):
-        raise ValueError(f"no site {', '.join(map(repr, unknown))}; the sites are {', '.join(SITES)}")
-    if not 0 <= first <= depth:
-        raise ValueError(f"cannot start from layer {first} of a model of {depth} layers")
-    wanted: list[Layer] = [{} for _ in range(depth)]
-    for site, take in takes.items():
-        layers = range(first, depth) if take.layers is None else take.layers
-        asked = layers if isinstance(layers, Iterable) else (int(layers),)
-        for layer in asked:
-            if not first <= layer % depth or not -depth <= layer < depth:
-                raise ValueError(f"cannot record {site!r} of layer {layer}: layers {first} to {depth - 1} run")
-            wanted[layer % depth][site] = (take.tokens or ("prefix" if site in ATTENTION_SITES else "all")) == "all"
-    runs = itertools.groupby(range(first, depth), key=lambda layer: wanted[layer])
-    return [(run[0], run[-1] + 1, what) for what, group in runs for run in [list(group)]]
+def layer_slice(stacked, start: int, stop: int):
+    """Layers start .. stop - 1 of arrays with an axis of layers."""
+    return jax.tree.map(lambda a: a[start:stop], stacked)

@@ -29,7 +29,7 @@ def case(request):
     model = random_model(CASES[request.param])
     with jax.enable_x64(True):
         model = jaxvit.cast(model, jnp.float64)
-        trace = jax.jit(lambda m, x: m(x, RECORD).trace)(model, random_images(0, 2, *SIZE))
+        trace = jax.jit(lambda m, x: m(x, record=RECORD).trace)(model, random_images(0, 2, *SIZE))
         return model, model.config.layout(*SIZE), trace
 
 
@@ -80,7 +80,7 @@ def test_parts_sum_to_what_attention_adds_in_float32():
     model = random_model(CASES["registers"])
     layout = model.config.layout(*SIZE)
     # As a user records it: the weights of the prefix, the rest of all tokens.
-    trace = jax.jit(lambda m, x: m(x, ("pattern", "v", "attn_out")).trace)(model, random_images(0, 2, *SIZE))
+    trace = jax.jit(lambda m, x: m(x, record=("pattern", "v", "attn_out")).trace)(model, random_images(0, 2, *SIZE))
     for layer in LAYERS:
         pattern, v, attn_out = of_layer(trace, layer, layout.prefix)
         parts = split(model, layer, pattern, v, layout)
@@ -161,7 +161,7 @@ def test_gradients_flow_through_the_parts():
     layout = config.layout(*SIZE)
 
     def loss(model, images):
-        trace = model(images, ("pattern", "v")).trace
+        trace = model(images, record=("pattern", "v")).trace
         return (attention_parts(model, 1, trace["pattern"][1], trace["v"][1], layout).groups ** 2).sum()
 
     gradients = jax.jit(jax.grad(loss))(random_model(config), random_images(0, 2, *SIZE))

@@ -45,7 +45,7 @@ SCRIPT = """
         model, images = random_model(FAMILIES[family]), random_images(0, 2 * {devices}, *size)
         copied = jax.device_put(model, NamedSharding(mesh, P()))
         spread = jax.device_put(images, NamedSharding(mesh, P("data")))
-        run = jax.jit(lambda m, x: m(x, record))
+        run = jax.jit(lambda m, x: m(x, record=record))
         expected = run(model, images)
         with jax.set_mesh(mesh):
             out = run(copied, spread)

@@ -17,7 +17,8 @@ from flax import nnx
 import jaxvit
 from jaxvit import SITES, Take, ViT, ViTConfig
 from jaxvit.params import abstract, from_params, to_params
-from jaxvit.vit import ATTENTION_SITES, GeluMlp
+from jaxvit.sites import ATTENTION_SITES
+from jaxvit.vit import GeluMlp
 
 HEIGHT, WIDTH = 24, 16  # 6 x 4 patches: another grid than the positions', and not square
 BATCH = 2
@@ -29,7 +30,7 @@ EVERYTHING = tuple((site, Take(tokens="all")) for site in SITES)
 def run(model, images, record=()):
     """The compiled model; `record` is hashable: names, or pairs of a name and a Take."""
     named = all(isinstance(entry, str) for entry in record)
-    return model(images, record if named else dict(record))
+    return model(images, record=record if named else dict(record))
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +141,7 @@ def test_a_fresh_model_is_random_in_every_layer():
 
 def test_recording_changes_no_bit_where_nobody_reads_the_trace(extreme, images):
     record = {site: Take() for site in SITES if site not in ATTENTION_SITES}
-    unread = jax.jit(lambda m, x: final(m(x, record)))
+    unread = jax.jit(lambda m, x: final(m(x, record=record)))
     assert_same(unread(extreme, images), final(run(extreme, images)))
 
 
@@ -247,7 +248,7 @@ def test_a_run_continues_from_every_layer(extreme, images):
     out = run(extreme, images, tuple(SITES))
     run_from = jax.jit(ViT.run_from, static_argnames=("layer", "record"))
     for layer, stream in enumerate([*out.trace["resid_pre"], out.tokens]):
-        again = run_from(extreme, layer, stream, ("attn_out",))
+        again = run_from(extreme, layer, stream, record=("attn_out",))
         assert_close(final(again), final(out), 3e-6)
         if layer < extreme.config.depth:
             assert_close(again.trace["attn_out"], out.trace["attn_out"][layer:], 3e-6)
@@ -258,7 +259,7 @@ def test_a_run_continues_from_every_layer(extreme, images):
 def test_a_continued_run_records_absolute_layers(one, images):
     full = run(one, images, tuple(SITES))
     record = {"z": Take(layers=(2,)), "q": Take(layers=-2)}
-    again = jax.jit(lambda m, x: m.run_from(1, x, record))(one, full.trace["resid_pre"][1])
+    again = jax.jit(lambda m, x: m.run_from(1, x, record=record))(one, full.trace["resid_pre"][1])
     assert_close(again.trace["z"], full.trace["z"][2:], 3e-6)
     assert_close(again.trace["q"], full.trace["q"][1:2], 3e-6)
 
@@ -267,7 +268,7 @@ def test_a_continued_run_records_absolute_layers(one, images):
 
 
 def test_compiling_changes_results_by_rounding_only(one, images):
-    assert_close(run(one, images, SOME), one(images, SOME), 1e-5)
+    assert_close(run(one, images, SOME), one(images, record=SOME), 1e-5)
 
 
 def test_running_twice_gives_the_same_bits_and_leaves_the_model_as_it_was(model, images):
@@ -279,7 +280,7 @@ def test_running_twice_gives_the_same_bits_and_leaves_the_model_as_it_was(model,
 
 def test_vmap_over_models_is_a_loop(extreme, images):
     models = [extreme, random_model(extreme.config, seed=1)]
-    out = jax.jit(jax.vmap(lambda m, x: m(x, SOME), in_axes=(0, None)))(stacked(*models), images)
+    out = jax.jit(jax.vmap(lambda m, x: m(x, record=SOME), in_axes=(0, None)))(stacked(*models), images)
     assert_close(out, stacked(*(run(m, images, SOME) for m in models)), 5e-6)
 
 
@@ -293,17 +294,17 @@ def test_scan_and_map_over_batches_are_a_loop(one, images):
     loop = stacked(*(run(one, x, SOME) for x in batches))
 
     def step(count, x):
-        return count + 1, one(x, SOME)
+        return count + 1, one(x, record=SOME)
 
     count, scanned = jax.jit(lambda xs: jax.lax.scan(step, 0, xs))(batches)
     assert count == 2
     assert_close(scanned, loop, 5e-6)
-    assert_close(jax.jit(lambda m, xs: jax.lax.map(lambda x: m(x, SOME), xs))(one, batches), loop, 5e-6)
+    assert_close(jax.jit(lambda m, xs: jax.lax.map(lambda x: m(x, record=SOME), xs))(one, batches), loop, 5e-6)
 
 
 def test_gradients_are_finite_reach_every_parameter_and_equal_finite_differences(extreme, images):
     def loss(model, images):
-        out = model(images, ("pattern", "mlp_post"))
+        out = model(images, record=("pattern", "mlp_post"))
         # Cubes, as the mean square after a LayerNorm hardly depends on what comes before it.
         return sum((leaf**3).mean() for leaf in (out.cls, out.patches, *out.trace.values()))
 
@@ -359,7 +360,7 @@ def test_the_program_does_not_grow_with_depth(record):
     def lines(depth):
         model = abstract(ViTConfig(**TINY | dict(depth=depth), registers=3))
         x = jax.ShapeDtypeStruct((BATCH, HEIGHT, WIDTH, 3), jnp.float32)
-        return jax.jit(lambda m, x: m(x, record)).lower(model, x).as_text().count("\n")
+        return jax.jit(lambda m, x: m(x, record=record)).lower(model, x).as_text().count("\n")
 
     assert lines(2) == lines(40)
 
@@ -470,7 +471,7 @@ def test_a_take_of_unknown_tokens_is_refused():
 
 
 def test_one_site_needs_no_tuple(one, images):
-    assert_same(run(one, images, ("q",)).trace, jax.jit(lambda m, x: m(x, "q"))(one, images).trace)
+    assert_same(run(one, images, ("q",)).trace, jax.jit(lambda m, x: m(x, record="q"))(one, images).trace)
 
 
 @pytest.mark.parametrize(
@@ -484,7 +485,7 @@ def test_one_site_needs_no_tuple(one, images):
 )
 def test_wrong_records_are_described(record, words, images):
     with pytest.raises(ValueError) as caught:
-        jax.eval_shape(lambda m, x: m(x, record), abstract(FAMILIES["dinov2"]), images)
+        jax.eval_shape(lambda m, x: m(x, record=record), abstract(FAMILIES["dinov2"]), images)
     assert all(word in str(caught.value) for word in words)
 
 
@@ -500,7 +501,7 @@ def test_wrong_records_are_described(record, words, images):
 def test_wrong_starts_are_described(layer, record, words):
     with pytest.raises(ValueError) as caught:
         jax.eval_shape(
-            lambda m, x: m.run_from(layer, x, record),
+            lambda m, x: m.run_from(layer, x, record=record),
             abstract(FAMILIES["dinov2"]),
             jax.ShapeDtypeStruct((1, 26, 32), jnp.float32),
         )
@@ -523,7 +524,7 @@ def test_models_are_plain_trees_whatever_the_mode_of_flax():
         draw = lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype)
         models = [jax.tree.map(draw, abstract(config)) for _ in range(2)]
         images = draw(jax.ShapeDtypeStruct((2, 8, 16, 3), jnp.float32))
-        out = jax.jit(lambda m, x: m(x, ("pattern", "resid_post")))(models[0], images)
+        out = jax.jit(lambda m, x: m(x, record=("pattern", "resid_post")))(models[0], images)
         assert out.trace["pattern"].shape == (2, 2, 2, 3, 11)
         assert (out.trace["resid_post"][-1] == out.tokens).all()
         gradient = jax.jit(jax.grad(lambda m: (m(images).cls ** 3).sum()))(models[0])
