@@ -5,36 +5,80 @@ out = model(jaxvit.prepare("photo.jpg", model.config), record=("pattern",))
 out.cls, out.registers, out.patches, out.trace["pattern"]
 """
 
-from jaxvit import decompose, similarity
+from jaxvit import decompose, grids, similarity
 from jaxvit.checkpoint import CheckpointError, load, read_config, save
 from jaxvit.config import Preprocess, ViTConfig
+from jaxvit.edits import Edit, Relocate, Shuffle, merge
+from jaxvit.grids import Grid
 from jaxvit.images import Batch, ImageError, decode, find_images, prepare, resize, stream
+from jaxvit.interventions import (
+    Positions,
+    ablate,
+    amplify,
+    freeze_attention,
+    knockout,
+    patch,
+    remove_registers,
+    replace_by_mean,
+    replace_by_noise,
+    replace_by_shuffle,
+    scale_skip,
+    steer,
+    zero_attention,
+)
+from jaxvit.named import NamedArray
 from jaxvit.params import cast, functional
 from jaxvit.sites import SITES, Take
+from jaxvit.statistics import ActivationStats
+from jaxvit.sweeps import attribute, cls_cosine, sweep
 from jaxvit.tokens import TokenLayout
 from jaxvit.vit import Output, ViT
 
 __all__ = [
     "SITES",
+    "ActivationStats",
     "Batch",
     "CheckpointError",
+    "Edit",
+    "Grid",
     "ImageError",
+    "NamedArray",
     "Output",
+    "Positions",
     "Preprocess",
+    "Relocate",
+    "Shuffle",
     "Take",
     "TokenLayout",
     "ViT",
     "ViTConfig",
+    "ablate",
+    "amplify",
+    "attribute",
     "cast",
+    "cls_cosine",
     "decode",
     "decompose",
     "find_images",
+    "freeze_attention",
     "functional",
+    "grids",
+    "knockout",
     "load",
+    "merge",
+    "patch",
     "prepare",
     "read_config",
+    "remove_registers",
+    "replace_by_mean",
+    "replace_by_noise",
+    "replace_by_shuffle",
     "resize",
     "save",
+    "scale_skip",
     "similarity",
+    "steer",
     "stream",
+    "sweep",
+    "zero_attention",
 ]

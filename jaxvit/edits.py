@@ -58,8 +58,9 @@ class Operation(ABC):
             return jnp.concatenate([edited, x[:, :, prefix:]], axis=2)
         m = expand(site, self.mask, self.mask_over, x, prefix)
         new = self.replacement(site, x, prefix)
-        # 0 times infinity is NaN: where the mask is 0, a replacement that is not finite does not count.
+        # 0 times infinity is NaN: what is not finite does not count where its factor is 0. Gradients do not pass it.
         new = jnp.where(jnp.isfinite(new) | (m != 0), new, 0)
+        x = jnp.where(jnp.isfinite(x) | (m != 1), x, 0)
         return (1 - m) * x + m * new
 
 
@@ -195,7 +196,10 @@ def listed(edits: Edits | None) -> dict[str, tuple[Operation, ...]]:
 
 
 def check_edits(edits: Mapping[str, Sequence[Operation]], sizes: Mapping[str, int]) -> None:
-    """Raises a ValueError that lists every array whose shape does not fit.
+    """Raises a ValueError that lists every array whose shape does not fit, or that holds NaN or infinity.
+
+    The values of arrays that are traced are not known: there, what is not finite reaches what the mask selects. Minus
+    infinity is a score like any other.
 
     Args:
       sizes: axis name -> size, of the letters in `SITES`, L and P.
@@ -204,7 +208,12 @@ def check_edits(edits: Mapping[str, Sequence[Operation]], sizes: Mapping[str, in
     for site, each in edits.items():
         for edit in each:
             for name, over in edit.token_axes().items():
-                shape = np.shape(getattr(edit, name))
+                leaf = getattr(edit, name)
+                if not isinstance(leaf, Tracer) and not np.isfinite(values := np.asarray(leaf, float)).all():
+                    bad = values[~np.isfinite(values)]
+                    if site != "scores" or name != "shift" or not np.isneginf(bad).all():
+                        wrong.append(f"{name} of the {type(edit).__name__} at {site!r} holds NaN or infinity")
+                shape = np.shape(leaf)
                 if not shape:
                     continue
                 axes = ["L", *(SITES[site].split() if over else ["B"])]

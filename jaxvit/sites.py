@@ -65,14 +65,19 @@ Record = str | Iterable[str] | Mapping[str, Take]
 Layer = dict[str, bool]  # what one layer records: site -> whether of all tokens
 
 
+def as_takes(record: Record) -> dict[str, Take]:
+    """What to record as site -> how much."""
+    names = (record,) if isinstance(record, str) else record
+    return dict(record) if isinstance(record, Mapping) else {site: Take() for site in names}
+
+
 def recording_plan(record: Record, depth: int, first: int = 0) -> list[tuple[int, int, Layer]]:
     """Splits layers first .. depth - 1 into runs (start, stop, what to record) that record the same; a scan each.
 
     Raises:
       ValueError: an unknown site, or a layer that does not run.
     """
-    names = (record,) if isinstance(record, str) else record
-    takes = dict(record) if isinstance(record, Mapping) else {site: Take() for site in names}
+    takes = as_takes(record)
     if wrong := [site for site, take in takes.items() if not isinstance(take, Take)]:
         raise ValueError(f"record of {', '.join(map(repr, wrong))} is no Take: write {{'pattern': Take(layers=-1)}}")
     check_sites(takes)

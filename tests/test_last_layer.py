@@ -56,7 +56,7 @@ def test_every_quantity_by_another_way(model):
         model64, images64 = jaxvit.cast(model, "float64"), jnp.asarray(images, "float64")
         m = jax.jit(measure)(model64, images64)
         everything = {site: Take(tokens="all") for site in jaxvit.SITES}
-        trace = {site: np.asarray(v) for site, v in model64(images64, everything).trace.items()}
+        trace = {site: np.asarray(v) for site, v in model64(images64, record=everything).trace.items()}
         attn, gamma = model64.blocks.attn.proj, np.asarray(model64.blocks.scale1.gamma[...][-1])
         w, b = np.asarray(attn.kernel[...][-1]).reshape(H, D // H, D), np.asarray(attn.bias[...][-1])
     for image in range(3):

@@ -1,0 +1,97 @@
+"""The points of a sweep: every combination of what stands along a few named axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from jaxvit.named import Label
+from jaxvit.tokens import TokenLayout
+from jaxvit.vit import ViT
+
+
+class Grid:
+    """Every combination of the values along its axes.
+
+    Grid(layer=range(12), strength=(0.5, 1.0, 2.0), control=("zero", "mean"), group={"cls": 0, "patches": 5})
+
+    An axis is given as numbers, as a mapping of labels to numbers, or as words, which stand for 0, 1, ... A point is a
+    mapping of each axis to its number there, an array with no axes, which the constructors of edits take as an index.
+    """
+
+    def __init__(self, **axes: Iterable[float] | Sequence[str] | Mapping[Label, float]):
+        if not axes:
+            raise ValueError("a grid needs an axis: Grid(layer=range(12))")
+        self.axes: dict[str, tuple[Label, ...]] = {}
+        self.numbers: dict[str, np.ndarray] = {}
+        for name, given in axes.items():
+            if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+                raise ValueError(f"axis {name} is {given!r}; expected several values")
+            entries = dict(given) if isinstance(given, Mapping) else None
+            values = list(given.values()) if isinstance(given, Mapping) else list(given)
+            if not values:
+                raise ValueError(f"axis {name} is empty")
+            words = all(isinstance(value, str) for value in values)
+            self.numbers[name] = np.arange(len(values)) if words else np.asarray(values)
+            if self.numbers[name].dtype.kind not in "iuf":
+                raise ValueError(f"axis {name} is {values!r}; expected numbers, words, or words with numbers")
+            labels = (
+                list(entries)
+                if entries
+                else [v if isinstance(v, str) else int(v) if int(v) == v else str(v) for v in values]
+            )
+            self.axes[name] = tuple(labels)
+            if len(set(self.axes[name])) < len(values):
+                raise ValueError(f"axis {name} has the same value twice: {values!r}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(map(len, self.axes.values()))
+
+    def __len__(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def points(self) -> dict[str, np.ndarray]:
+        """Axis -> its number at each of the n points, [n]; the last axis moves fastest."""
+        columns = np.meshgrid(*self.numbers.values(), indexing="ij")
+        typed = (c.astype(np.int32 if c.dtype.kind in "iu" else np.float32).ravel() for c in columns)
+        return dict(zip(self.numbers, typed, strict=True))
+
+    def __repr__(self) -> str:
+        return f"Grid({', '.join(f'{axis} {len(labels)}' for axis, labels in self.axes.items())})"
+
+
+def groups(model: ViT, which: str = "all") -> dict[Label, int]:
+    """Labels and indices of the groups of tokens: `all`, `registers`, or `prefix`, [CLS] and registers."""
+    names = TokenLayout(model.config.registers, (1, 1)).group_names
+    start, stop = {"all": (0, None), "registers": (1, -1), "prefix": (0, -1)}[which]
+    if which == "registers" and not model.config.registers:
+        raise ValueError("this model has no registers")
+    return {name: names.index(name) for name in names[start:stop]}
+
+
+def heads(model: ViT) -> Grid:
+    """layer x head."""
+    return Grid(layer=range(model.config.depth), head=range(model.config.heads))
+
+
+def layers_by_groups(model: ViT) -> Grid:
+    """layer x group of tokens."""
+    return Grid(layer=range(model.config.depth), group=groups(model))
+
+
+def group_edges(model: ViT, queries: str = "all") -> Grid:
+    """layer x query group x key group. With queries="prefix", only [CLS] and registers ask."""
+    return Grid(layer=range(model.config.depth), query=groups(model, queries), key=groups(model))
+
+
+def registers(model: ViT) -> Grid:
+    """layer x single register."""
+    return Grid(layer=range(model.config.depth), register=groups(model, "registers"))
+
+
+def tokens(model: ViT, layout: TokenLayout | None = None) -> Grid:
+    """Every token by its place in the sequence."""
+    return Grid(token=range((layout or model.layout).tokens))

@@ -1,0 +1,153 @@
+"""Means and variances of activations over any number of images: what controls put in place of a token."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from safetensors.numpy import save_file
+
+from jaxvit.checkpoint import CheckpointError, SafetensorsFile, replacing_file
+from jaxvit.images import Batch
+from jaxvit.progress import track
+from jaxvit.sites import ATTENTION_SITES, Take, check_sites
+from jaxvit.tokens import TokenLayout
+from jaxvit.vit import ViT
+
+
+class ActivationStats:
+    """Mean and variance of each channel, by layer and group of tokens; each patch counts as one value of its group.
+
+    stats = ActivationStats.collect(model, jaxvit.stream(paths, model.config, 8), sites=("resid_pre",))
+    stats.save("stats.safetensors")
+    stats.mean("resid_pre")  # [L, 1, G, D]
+
+    Batches are summed in float64 on the host, by Chan's formula: no digits are lost to large means.
+
+    Attributes:
+      count: [G], values seen of each group.
+      means, squares: site -> [L, G, ..], the mean, and the sum of squared differences from it.
+    """
+
+    def __init__(self) -> None:
+        self.count = np.zeros(0)
+        self.means: dict[str, np.ndarray] = {}
+        self.squares: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def collect(
+        cls,
+        model: ViT,
+        batches: Iterable[Batch | Array],
+        sites: str | Iterable[str] = ("resid_pre",),
+        progress: bool = True,
+    ) -> ActivationStats:
+        """Runs the model over batches of images.
+
+        Raises:
+          ValueError: no image, an unknown site, or one of attention, which has no single axis of tokens.
+        """
+        sites = (sites,) if isinstance(sites, str) else tuple(sites)
+        check_sites(sites)
+        if wrong := sorted(set(sites) & set(ATTENTION_SITES)):
+            raise ValueError(f"no statistics of {', '.join(map(repr, wrong))}: only of sites with one axis of tokens")
+        stats = cls()
+        for batch in track(batches, "statistics", enabled=progress):
+            images, valid = (batch.images, batch.valid) if isinstance(batch, Batch) else (batch, None)
+            valid = np.ones(len(images), bool) if valid is None else valid
+            layout = model.config.layout(*images.shape[1:3])
+            found = _moments(model, images, jnp.asarray(valid, model.cls.dtype), sites, layout)
+            stats.add(valid.sum() * layout.membership.sum(0, dtype=np.float64), *jax.device_get(found))
+        if not stats.count.size:
+            raise ValueError("no images to take statistics of")
+        return stats
+
+    def add(self, count: np.ndarray, means: dict[str, np.ndarray], squares: dict[str, np.ndarray]) -> None:
+        """Adds a batch's count, mean and sum of squared differences."""
+        if not self.count.size:
+            self.count = np.zeros_like(count)
+        total = self.count + count
+        share = np.divide(count, total, out=np.zeros_like(total), where=total > 0)
+        for site, new in means.items():
+            wide, weight = np.asarray(new, np.float64), share.reshape(-1, *[1] * (new.ndim - 2))
+            old = self.means.setdefault(site, np.zeros_like(wide))
+            between = np.square(wide - old) * weight * self.count.reshape(weight.shape)
+            self.squares[site] = self.squares.get(site, 0) + np.asarray(squares[site], np.float64) + between
+            self.means[site] = old + (wide - old) * weight
+        self.count = total
+
+    def mean(self, site: str) -> Float[Array, "L 1 G *channels"]:
+        return jnp.asarray(self._of(self.means, site)[:, None], float)
+
+    def variance(self, site: str) -> Float[Array, "L 1 G *channels"]:
+        """Over the values seen (divided by their number)."""
+        squares = self._of(self.squares, site)
+        count = np.maximum(self.count, 1).reshape(-1, *[1] * (squares.ndim - 2))
+        return jnp.asarray((squares / count)[:, None], float)
+
+    def noise(
+        self, site: str, rng: Array, batch: int, layout: TokenLayout | None = None
+    ) -> Float[Array, "L B T *axes"]:
+        """Gaussian noise of this mean and variance, one draw for each image, and for each token of `layout`, or without
+        it for each group (then G stands for T).
+        """
+        mean, deviation = self.mean(site), jnp.sqrt(self.variance(site))
+        if layout is not None:
+            mean, deviation = (jnp.take(a, jnp.asarray(layout.groups), axis=2) for a in (mean, deviation))
+        draw = jax.random.normal(rng, (mean.shape[0], batch, *mean.shape[2:]), mean.dtype)
+        return mean + deviation * draw
+
+    def _of(self, kind: dict[str, np.ndarray], site: str) -> np.ndarray:
+        if site not in kind:
+            raise ValueError(f"no statistics of {site!r}; there are {', '.join(kind) or 'none'}")
+        return kind[site]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file, all or nothing."""
+        tensors = {"count": self.count}
+        for site in self.means:
+            tensors |= {f"mean.{site}": self.means[site], f"squares.{site}": self.squares[site]}
+        with replacing_file(Path(path)) as temporary:
+            save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, temporary)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ActivationStats:
+        """Reads what `save` wrote.
+
+        Raises:
+          CheckpointError: not such a file.
+        """
+        file = SafetensorsFile(Path(path))
+        sites = [name.removeprefix("mean.") for name in file if name.startswith("mean.")]
+        if sorted(file) != sorted(["count", *(f"{kind}.{site}" for kind in ("mean", "squares") for site in sites)]):
+            raise CheckpointError(f"{path} holds no activation statistics: its tensors are {', '.join(file) or 'none'}")
+        stats = cls()
+        stats.count = file["count"]
+        stats.means = {site: file[f"mean.{site}"] for site in sites}
+        stats.squares = {site: file[f"squares.{site}"] for site in sites}
+        return stats
+
+
+@partial(jax.jit, static_argnames=("sites", "layout"))
+def _moments(model: ViT, images: Array, valid_B: Array, sites: tuple[str, ...], layout: TokenLayout) -> Any:
+    trace = model(images, record={site: Take(tokens="all") for site in sites}).trace
+    membership = jnp.asarray(layout.membership, valid_B.dtype)
+    weight = valid_B[:, None, None] * membership[None]  # B T G
+    count = jnp.maximum(weight.sum((0, 1)), 1)
+    means, squares = {}, {}
+    for site, x in trace.items():
+        flat = x.reshape(*x.shape[:3], -1)
+        precise = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        mean = precise("BTG,LBTX->LGX", weight, flat) / count[None, :, None]
+        centred = flat - precise("TG,LGX->LTX", membership, mean)[:, None]
+        square = precise("BTG,LBTX->LGX", weight, jnp.square(centred))
+        shape = (*mean.shape[:2], *x.shape[3:])
+        means[site], squares[site] = mean.reshape(shape), square.reshape(shape)
+    return means, squares
