@@ -109,37 +109,65 @@ class Attention(nnx.Module):
     def attend(self, q_BTHd: Array, k_BTHd: Array, v_BTHd: Array, tap: Tap) -> Array:
         """Rows whose weights somebody reads or edits are written out; the others may use a fused kernel."""
         T = q_BTHd.shape[1]
-        # The fused path always takes its softmax in float32, so float64 is written out too.
-        rows = T if q_BTHd.dtype == jnp.float64 else tap.explicit_rows(T)
+        rows = tap.explicit_rows(T)
         if not rows:
             return fused_attention(q_BTHd, k_BTHd, v_BTHd)
-        # In half precision a softmax over hundreds of tokens would not sum to 1: weights are at least float32.
-        wide = jnp.float64 if q_BTHd.dtype == jnp.float64 else jnp.float32
-        scaled_q = q_BTHd[:, :rows] * q_BTHd.shape[-1] ** -0.5
-        scores = jnp.einsum("BQHd,BTHd->BHQT", scaled_q, k_BTHd, preferred_element_type=wide)
-        pattern = tap("pattern", softmax(tap("scores", scores), tap))
+        pattern = tap("pattern", softmax(tap("scores", scaled_scores(q_BTHd[:, :rows], k_BTHd)), tap))
         z_BQHd = jnp.einsum("BHQT,BTHd->BQHd", pattern.astype(v_BTHd.dtype), v_BTHd)
         if rows == T:
             return z_BQHd
         return jnp.concatenate([z_BQHd, fused_attention(q_BTHd[:, rows:], k_BTHd, v_BTHd)], axis=1)
 
 
+def scaled_scores(q_BQHd: Array, k_BTHd: Array) -> Array:
+    """[B, H, Q, T] in at least float32: in half precision a softmax over hundreds of tokens would not sum to 1."""
+    wide = jnp.float64 if q_BQHd.dtype == jnp.float64 else jnp.float32
+    return jnp.einsum("BQHd,BTHd->BHQT", q_BQHd * q_BQHd.shape[-1] ** -0.5, k_BTHd, preferred_element_type=wide)
+
+
+def fused_attention(q_BQHd: Array, k_BTHd: Array, v_BTHd: Array) -> Array:
+    """softmax(q k / sqrt(d)) v, by the fastest means; the weights are not to be seen."""
+    if cudnn_takes(q_BQHd):
+        return jax.nn.dot_product_attention(q_BQHd, k_BTHd, v_BTHd, implementation="cudnn")
+    scores = scaled_scores(q_BQHd, k_BTHd)
+    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))  # cancels
+    weights = jnp.exp(scores - top)
+    # Dividing the outputs by the sum of weights, not the weights, saves a pass over T x T numbers.
+    z_BHQd = jnp.einsum("BHQT,BTHd->BHQd", weights.astype(v_BTHd.dtype), v_BTHd, preferred_element_type=scores.dtype)
+    return (z_BHQd / weights.sum(-1, keepdims=True)).astype(v_BTHd.dtype).swapaxes(1, 2)
+
+
+def cudnn_takes(q_BQHd: Array) -> bool:
+    """Whether cuDNN's flash attention is there for such queries: half precision, on NVIDIA's Ampere or newer."""
+    if q_BQHd.dtype not in (jnp.bfloat16, jnp.float16) or q_BQHd.shape[-1] % 8 or q_BQHd.shape[-1] > 128:
+        return False
+    if jax.default_backend() != "gpu":
+        return False
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", "0"))  # "9.0"; AMD's is "gfx942"
+    return capability.replace(".", "", 1).isdigit() and float(capability) >= 8
+
+
 def softmax(scores_BHQT: Array, tap: Tap) -> Array:
     """The softmax over keys, by way of the site `weights`. A row without any weight is zeros."""
-    # What counts as the largest score is the largest that keeps a weight: were a key that is cut far above the others,
-    # these would underflow. An edit of 1 shows which are cut.
-    kept = tap.edited("weights", jnp.ones_like(scores_BHQT)) != 0
-    top = jnp.max(scores_BHQT, axis=-1, keepdims=True, where=kept, initial=-jnp.inf)
-    top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0, top))
-    weights = tap("weights", jnp.exp(jnp.where(kept, scores_BHQT - top, 0)))
+    if "weights" in tap.edits:
+        # The largest score is that of the keys which are not cut: were one that is cut far above, the others' weights
+        # would underflow. A key is cut where any weight would become 0.
+        some, none = (tap.edited("weights", make(scores_BHQT)) for make in (jnp.ones_like, jnp.zeros_like))
+        counted = jnp.where((some == 0) & (none == 0), -jnp.inf, scores_BHQT)
+    else:
+        counted = jax.lax.stop_gradient(scores_BHQT)  # what is subtracted cancels
+    top = counted.max(-1, keepdims=True)
+    exponents = scores_BHQT - jnp.where(jnp.isneginf(top), 0, top)
+    if "weights" in tap.edits:
+        exponents = jnp.minimum(exponents, 80)  # the weight of a key that is cut must be finite to become 0
+    weights = tap("weights", jnp.exp(exponents))
     total = weights.sum(-1, keepdims=True)
     return weights / jnp.where(total == 0, 1, total)
 
 
-def fused_attention(q_BQHd: Array, k_BTHd: Array, v_BTHd: Array) -> Array:
-    """softmax(q k / sqrt(d)) v by whatever kernel JAX has for it; the weights are not to be seen."""
-    with jax.numpy_dtype_promotion("standard"):  # it mixes half precision and float32 inside
-        return jax.nn.dot_product_attention(q_BQHd, k_BTHd, v_BTHd)
+def gelu(x: Array) -> Array:
+    """x Phi(x), exact, as PyTorch computes it. JAX's own goes by way of erfc, which takes twice as long on a CPU."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
 class GeluMlp(nnx.Module):
@@ -149,7 +177,7 @@ class GeluMlp(nnx.Module):
 
     def __call__(self, x_BTD: Array, tap: Tap) -> Array:
         pre = tap("mlp_pre", self.fc1(x_BTD))
-        return self.fc2(tap("mlp_post", jax.nn.gelu(pre, approximate=False)))
+        return self.fc2(tap("mlp_post", gelu(pre)))
 
 
 class SwigluMlp(nnx.Module):
@@ -282,27 +310,24 @@ class ViT(nnx.Module):
             tap = Tap(wanted, of_layer(edits), self.prefix)
             return block(x, tap), tap.trace
 
+        def at_layer(i, x, wanted):
+            at = partial(jax.lax.dynamic_index_in_dim, index=i, axis=0, keepdims=False)
+            return step(x, *jax.tree.map(at, (self.blocks, scanned)), wanted)
+
         if isinstance(layer, jax.Array):
-            return self._finish(self._run_from_traced(layer, resid_BTD, scanned, record, step), {})
+            if record:
+                raise ValueError("a run from a traced layer records nothing: the number of layers is not known")
+            end = self.config.depth
+            return self._finish(jax.lax.fori_loop(layer, end, lambda i, x: at_layer(i, x, {})[0], resid_BTD), {})
         x, trace = resid_BTD, {}
         for start, stop, wanted in recording_plan(record, self.config.depth, layer):
-            layers = layer_slice((self.blocks, scanned), start, stop) if stop - start < self.config.depth else None
-            x, new = jax.lax.scan(
-                lambda x, xs, wanted=wanted: step(x, *xs, wanted), x, layers or (self.blocks, scanned)
-            )
+            if stop - start == self.config.depth:
+                x, new = jax.lax.scan(lambda x, xs: step(x, *xs, wanted), x, (self.blocks, scanned))  # noqa: B023
+            else:  # by number: slices of the parameters for each run would be copies of them
+                x, new = jax.lax.scan(lambda x, i: at_layer(i, x, wanted), x, jnp.arange(start, stop))  # noqa: B023
             for site, value in new.items():
                 trace.setdefault(site, []).append(value)
         return self._finish(x, {site: v[0] if len(v) == 1 else jnp.concatenate(v) for site, v in trace.items()})
-
-    def _run_from_traced(self, layer, x_BTD, scanned, record, step):
-        if record:
-            raise ValueError("a run that starts from a traced layer records nothing: the number of layers is not known")
-
-        def one_layer(i, x):
-            at = partial(jax.lax.dynamic_index_in_dim, index=i, axis=0, keepdims=False)
-            return step(x, *jax.tree.map(at, (self.blocks, scanned)), {})[0]
-
-        return jax.lax.fori_loop(layer, self.config.depth, one_layer, x_BTD)
 
     def _finish(self, tokens_BTD: Array, trace: dict[str, Array]) -> Output:
         normed = self.norm(tokens_BTD)
@@ -323,8 +348,3 @@ class ViT(nnx.Module):
     def prefix(self) -> int:
         """Number of tokens before the patches: [CLS] and the registers."""
         return 1 + self.config.registers
-
-
-def layer_slice(stacked, start: int, stop: int):
-    """Layers start .. stop - 1 of arrays with an axis of layers."""
-    return jax.tree.map(lambda a: a[start:stop], stacked)
