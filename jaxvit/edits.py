@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,16 @@ Queries = Literal["prefix", "all"]
 class Operation(ABC):
     """x <- (1 - m) x + m replacement(x). Frozen dataclasses that are pytrees; see `Edit` for their arrays' axes."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     mask: Any
     mask_over: Over
     queries: Queries = "all"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("mask_over", Over), ("value_over", Over), ("queries", Queries)):
+            if (value := getattr(self, name, None)) not in (None, *get_args(choices)):
+                expected = " or ".join(map(repr, get_args(choices)))
+                raise ValueError(f"{name} is {value!r}; expected {expected}")
 
     @abstractmethod
     def replacement(self, site: str, x: Array, prefix: int) -> Array:
@@ -51,17 +58,22 @@ class Operation(ABC):
     def token_axes(self) -> dict[str, Over | None]:
         """Field -> what its token axes count; None for a field without the axes of the site."""
 
+    def problems(self, site: str, sizes: Mapping[str, int]) -> list[str]:
+        """What else is wrong with the edit at this site, each after its name; see `check_edits`."""
+        return []
+
     def __call__(self, site: str, x: Array, prefix: int) -> Array:
         """Applies the edit, its arrays without their layer axis, to the value of one layer."""
         if site in ATTENTION_SITES and self.queries == "prefix" and x.shape[2] > prefix:
             edited = self(site, x[:, :, :prefix], prefix)
             return jnp.concatenate([edited, x[:, :, prefix:]], axis=2)
         m = expand(site, self.mask, self.mask_over, x, prefix)
-        new = self.replacement(site, x, prefix)
-        # 0 times infinity is NaN: what is not finite does not count where its factor is 0. Gradients do not pass it.
-        new = jnp.where(jnp.isfinite(new) | (m != 0), new, 0)
-        x = jnp.where(jnp.isfinite(x) | (m != 1), x, 0)
-        return (1 - m) * x + m * new
+        return times(1 - m, x) + times(m, self.replacement(site, x, prefix))
+
+
+def times(factor: Array, x: Array) -> Array:
+    """factor x, where 0 times NaN or infinity is 0: what an edit takes out is gone, whatever it was."""
+    return factor * jnp.where(jnp.isfinite(x) | (factor != 0), x, 0)
 
 
 @partial(
@@ -95,7 +107,7 @@ class Edit(Operation):
 
     def replacement(self, site: str, x: Array, prefix: int) -> Array:
         scale, shift = (expand(site, a, self.value_over, x, prefix) for a in (self.scale, self.shift))
-        return scale * x + shift
+        return times(scale, x) + shift
 
     def token_axes(self) -> dict[str, Over | None]:
         return {"mask": self.mask_over, "scale": self.value_over, "shift": self.value_over}
@@ -117,10 +129,18 @@ class Shuffle(Operation):
     queries: Queries = "all"
 
     def replacement(self, site: str, x: Array, prefix: int) -> Array:
-        return jnp.take(x, jnp.asarray(self.order), axis=0)
+        return jnp.take(x, jnp.atleast_1d(self.order), axis=0)
 
     def token_axes(self) -> dict[str, Over | None]:
         return {"mask": self.mask_over, "order": None}
+
+    def problems(self, site: str, sizes: Mapping[str, int]) -> list[str]:
+        if not jnp.issubdtype(jnp.result_type(self.order), jnp.integer):
+            return [f"has an order of {jnp.result_type(self.order)}; expected integers"]
+        if isinstance(self.order, Tracer):
+            return []
+        outside = [i for i in np.unique(np.asarray(self.order)).tolist() if not 0 <= i < sizes["B"]]
+        return [f"takes values of image {outside[0]}; they are 0 to {sizes['B'] - 1}"] if outside else []
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["mask", "to"], meta_fields=["mask_over", "queries"])
@@ -134,7 +154,7 @@ class Relocate(Operation):
 
     Attributes:
       mask: as of `Edit`; which channels, in which layers.
-      to: [L or 1, 1, G or 1, 1], 1 for the groups of tokens that receive the value.
+      to: [L or 1, 1, G or 1, 1], at sites of heads [.., 1, 1]: 1 for the groups of tokens that receive the value.
     """
 
     mask: Any
@@ -144,10 +164,13 @@ class Relocate(Operation):
 
     def replacement(self, site: str, x: Array, prefix: int) -> Array:
         to = expand(site, self.to, "groups", x, prefix)
-        return to * x[:, prefix:].max(axis=1, keepdims=True)
+        return times(to, x[:, prefix:].max(axis=1, keepdims=True))
 
     def token_axes(self) -> dict[str, Over | None]:
         return {"mask": self.mask_over, "to": "groups"}
+
+    def problems(self, site: str, sizes: Mapping[str, int]) -> list[str]:
+        return ["moves values between tokens, and this site has two axes of them"] if site in ATTENTION_SITES else []
 
 
 Edits = Mapping[str, Operation | Sequence[Operation]]
@@ -187,11 +210,12 @@ def listed(edits: Edits | None) -> dict[str, tuple[Operation, ...]]:
       ValueError: an unknown site, or something that is no edit.
     """
     if not isinstance(edits, Mapping | None):
-        raise ValueError(f"edits is {edits!r}; expected a mapping of sites to edits (what to record is record=..)")
+        what = repr(edits) if isinstance(edits, str) else f"of type {type(edits).__name__}"
+        raise ValueError(f"edits is {what}; expected a mapping of sites to edits (what to record is record=..)")
     check_sites(edits or ())
-    every = {s: (e,) if isinstance(e, Operation) else tuple(e) for s, e in (edits or {}).items()}
+    every = {s: tuple(e) if isinstance(e, Sequence) else (e,) for s, e in (edits or {}).items()}
     if wrong := [site for site, each in every.items() if not all(isinstance(e, Operation) for e in each)]:
-        raise ValueError(f"what is given at {', '.join(map(repr, wrong))} is no Edit")
+        raise ValueError(f"what is given at {', '.join(map(repr, wrong))} is no Edit, nor several")
     return {site: each for site, each in every.items() if each}
 
 
@@ -207,28 +231,38 @@ def check_edits(edits: Mapping[str, Sequence[Operation]], sizes: Mapping[str, in
     wrong = []
     for site, each in edits.items():
         for edit in each:
-            for name, over in edit.token_axes().items():
-                leaf = getattr(edit, name)
-                if not isinstance(leaf, Tracer) and not np.isfinite(values := np.asarray(leaf, float)).all():
-                    bad = values[~np.isfinite(values)]
-                    if site != "scores" or name != "shift" or not np.isneginf(bad).all():
-                        wrong.append(f"{name} of the {type(edit).__name__} at {site!r} holds NaN or infinity")
-                shape = np.shape(leaf)
-                if not shape:
-                    continue
-                axes = ["L", *(SITES[site].split() if over else ["B"])]
-                known = {**sizes, "Q": sizes["P" if edit.queries == "prefix" else "T"]}
-                if over == "groups":
-                    known |= dict.fromkeys("TQ", sizes["P"] + 1)
-                expected = [known[axis] for axis in axes]
-                if len(shape) != len(expected) or any(n not in (1, e) for n, e in zip(shape, expected, strict=True)):
-                    what = f"one for each of {sizes['P'] + 1} groups" if over == "groups" else "one for each token"
-                    wrong.append(
-                        f"{name} of the {type(edit).__name__} at {site!r} has shape {list(shape)}; expected "
-                        f"{expected} ({' '.join(axes)}{f', {what}' if over else ''}), any axis of which may be 1"
-                    )
+            of_arrays = [problem for name in edit.token_axes() for problem in _unfit(edit, name, site, sizes)]
+            of_whole = [] if of_arrays else edit.problems(site, sizes)
+            wrong += of_arrays + [f"the {type(edit).__name__} at {site!r} {problem}" for problem in of_whole]
     if wrong:
         raise ValueError("; ".join(wrong))
+
+
+def _unfit(edit: Operation, name: str, site: str, sizes: Mapping[str, int]) -> list[str]:
+    """What is wrong with one array of an edit."""
+    leaf, over = getattr(edit, name), edit.token_axes()[name]
+    what = f"{name} of the {type(edit).__name__} at {site!r}"
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int):
+        return [f"{what} is of type {type(leaf).__name__}; expected an array or a number"]
+    wrong = []
+    if not isinstance(leaf, Tracer):
+        module: Any = jnp if isinstance(leaf, jax.Array) else np  # where the array is: it may be large
+        with jax.ensure_compile_time_eval():
+            fine = module.isfinite(leaf) | (module.isneginf(leaf) if site == "scores" and name == "shift" else False)
+            if not fine.all():
+                wrong.append(f"{what} holds NaN or infinity")
+    axes = ["L", *(SITES[site].split() if over else ["B"])]
+    known = {**sizes, "Q": sizes["P" if edit.queries == "prefix" else "T"]}
+    if over == "groups":
+        known |= dict.fromkeys("TQ", sizes["P"] + 1)
+    shape, expected = np.shape(leaf), [known[axis] for axis in axes]
+    if shape and (len(shape) != len(expected) or any(n not in (1, e) for n, e in zip(shape, expected, strict=True))):
+        count = {None: "", "groups": f", one for each of {sizes['P'] + 1} groups", "tokens": ", one for each token"}
+        wrong.append(
+            f"{what} has shape {list(shape)}; expected {expected} ({' '.join(axes)}{count[over]}), any axis of which "
+            f"may be 1"
+        )
+    return wrong
 
 
 def by_layer(edits: Any, depth: int) -> tuple[list[Array], Callable[[Sequence[Array]], Any]]:
@@ -272,6 +306,28 @@ def merge(*edits: Edits, in_order: bool = False) -> Edits:
     return {site: each[0] if len(each) == 1 else each for site, each in merged.items()}
 
 
+def one_of(index: int | Array, *choices: Edits) -> Edits:
+    """The edits of `choices[index]`, where the number may be traced: one program compares several interventions.
+
+        one_of(point["control"], ablate(..), replace_by_mean(..))  # of a grid with control=("zero", "mean")
+
+    All choices are part of the program, with their masks times 0 or 1. A number out of range edits nothing.
+
+    Raises:
+      ValueError: no choices, or a number out of range that is not traced.
+    """
+    if isinstance(index, int) and not 0 <= index < len(choices):
+        raise ValueError(f"there is no choice {index}: they are 0 to {len(choices) - 1}" if choices else "no choices")
+    switched = [
+        {
+            site: tuple(replace(edit, mask=jnp.where(index == i, edit.mask, 0)) for edit in each)
+            for site, each in e.items()
+        }
+        for i, e in enumerate(map(listed, choices))
+    ]
+    return merge(*switched, in_order=True)
+
+
 def _check_apart(site: str, a: Operation, b: Operation) -> None:
     way_out = "or give in_order=True, and the later one reads what the earlier one left"
     if any(isinstance(edit.mask, Tracer) for edit in (a, b)):
@@ -279,22 +335,40 @@ def _check_apart(site: str, a: Operation, b: Operation) -> None:
             f"two edits at {site!r} have masks that are traced, so that whether they meet cannot be seen: merge them "
             f"outside of the compiled function, {way_out}"
         )
-    masks = [np.asarray(edit.mask) for edit in (a, b)]
-    if a.mask_over != b.mask_over:
-        grouped, single = masks if a.mask_over == "groups" else masks[::-1]
-        for axis in token_axes(site):
-            if grouped.ndim and single.ndim and grouped.shape[1 + axis] > 1 and single.shape[1 + axis] > 1:
-                groups = np.minimum(np.arange(single.shape[1 + axis]), grouped.shape[1 + axis] - 1)
-                grouped = np.take(grouped, groups, axis=1 + axis)
-        masks = [grouped, single]
+    masks = _aligned(site, a, b)
     try:
         meet = (masks[0] != 0) & (masks[1] != 0)
     except ValueError:
         raise ValueError(
-            f"two edits at {site!r} have masks of shapes {list(masks[0].shape)} and {list(masks[1].shape)}, which do "
-            f"not go together"
+            f"two edits at {site!r} have masks of shapes {list(np.shape(a.mask))} and {list(np.shape(b.mask))}, which "
+            f"do not go together"
         ) from None
     if meet.any():
         layers = sorted({int(i) for i in np.nonzero(meet)[0]}) if meet.ndim else []
         where = f" in layers {layers}" if meet.ndim and meet.shape[0] > 1 else ""
         raise ValueError(f"two edits at {site!r} change the same values{where}: leave one out, {way_out}")
+
+
+def _aligned(site: str, a: Operation, b: Operation) -> list[np.ndarray]:
+    """The masks of two edits with token axes that count the same, and 0 in the rows that an edit does not reach."""
+    edits, masks = (a, b), [np.asarray(edit.mask) for edit in (a, b)]
+    rank = 1 + len(SITES[site].split())
+    if any(mask.ndim != rank for mask in masks):  # the same everywhere, or of a shape that the model will refuse
+        return masks
+    grouped = [edit.mask_over == "groups" for edit in edits]
+    for axis in (1 + axis for axis in token_axes(site)):
+        rows = SITES[site].split()[axis - 1] == "Q"
+        for i, edit in enumerate(edits):
+            groups = max(masks[j].shape[axis] for j in (0, 1) if j == i or (grouped[i] and grouped[j]))
+            if rows and edit.queries == "prefix" and grouped[i] and groups > 1:
+                within = np.expand_dims(np.arange(groups) < groups - 1, [j for j in range(rank) if j != axis])
+                masks[i] = masks[i] * within
+        tokens = max((mask.shape[axis] for mask, g in zip(masks, grouped, strict=True) if not g), default=1)
+        for i, mask in enumerate(masks):
+            if mask.shape[axis] == 1 or tokens == 1:
+                continue
+            if grouped[i]:
+                masks[i] = np.take(mask, np.minimum(np.arange(tokens), mask.shape[axis] - 1), axis=axis)
+            else:  # that of an edit of the first rows is shorter
+                masks[i] = np.pad(mask, [(0, tokens - mask.shape[axis] if j == axis else 0) for j in range(rank)])
+    return masks

@@ -4,8 +4,9 @@
     model(images, knockout(model, query="cls", key="registers"))
     model(images, merge(steer(model, "resid_post", v, layers=5, tokens="cls"), remove_registers(model)))
 
-What a number or a name selects may also be an array, a traced one too: an integer stands for that index, so that one
-compiled program serves every layer, head and group; an array of the selection's length is used as the mask itself.
+What a number or a name selects may also be an array, a traced one too: integers stand for those indices, so that one
+compiled program serves every layer, head and group; numbers or booleans of the selection's length are the mask itself.
+A traced index that is not there selects nothing; all else that does not fit is a ValueError.
 """
 
 from __future__ import annotations
@@ -34,24 +35,24 @@ SiteEdits = Mapping[str, Operation]
 class Positions:
     """Single tokens, by their place in the sequence of `layout`: an index, several, or a mask of all of them."""
 
-    index: int | Sequence[int] | Array | np.ndarray
+    index: int | np.integer | Sequence[Any] | Array | np.ndarray
     layout: TokenLayout
 
 
-Indices = int | Sequence[int] | Array | np.ndarray | None
+Indices = int | np.integer | Sequence[Any] | Array | np.ndarray | None
 Tokens = str | Sequence[str] | Indices | Positions
 
 
 class Where(TypedDict, total=False):
     """What to edit; what is not named is edited whole.
 
-    layers, heads, channels: an index (negative ones count from the end), several, an integer array that is an index, or
-      a mask over all of them. `heads` where the site has heads; `channels` counts its last axis.
+    layers, heads, channels: an index (negative ones count from the end), several, an array of them, or a mask over all:
+      floating-point numbers or booleans. `heads` where the site has heads; `channels` counts its last axis.
     tokens: `cls`, `registers`, `register 1` .., `patches`, several of these, a group's index, a mask over groups, or
       `Positions` for single tokens. Not at the attention sites.
     query, key: the same, at the attention sites, for the rows and columns of attention.
     queries: at the attention sites, `prefix` where only rows of [CLS] and registers change, which costs less, or `all`.
-      By default read off `query`, if that is a name.
+      By default read off `query`, if that is given by names.
     """
 
     layers: Indices
@@ -70,7 +71,9 @@ def ablate(model: ViT, site: str, **where: Unpack[Where]) -> SiteEdits:
     return {site: Edit(**select(model, site, where))}
 
 
-def patch(model: ViT, site: str, value: ArrayLike, over: Over | Literal["prefix"] = "tokens", **where: Unpack[Where]):
+def patch(
+    model: ViT, site: str, value: ArrayLike, over: Over | Literal["prefix"] = "tokens", **where: Unpack[Where]
+) -> SiteEdits:
     """Puts the values of another run in place: `patch(model, "resid_post", other.trace["resid_post"], layers=5)`.
 
     Args:
@@ -88,11 +91,8 @@ def patch(model: ViT, site: str, value: ArrayLike, over: Over | Literal["prefix"
     if over == "prefix":
         if attention:
             raise ValueError("over='prefix' is for sites of tokens; at the attention sites give queries='prefix'")
-        if isinstance(where.get("tokens"), str | Sequence) and "patches" in _spelled(where.get("tokens")):
-            raise ValueError("a value of [CLS] and registers alone cannot replace patches")
+        chosen["mask"] = _without_patches(model, site, where, chosen["mask"])
         value = jnp.pad(value, [(0, int(name == "T")) for name in ["L", *SITES[site].split()]])
-        patches = jnp.arange(_groups(model)) < model.prefix
-        chosen["mask"] = chosen["mask"] * _along(site, {"T": patches.astype(chosen["mask"].dtype)})
         over = "groups"
     return {site: Edit(shift=value, value_over=over, **chosen)}
 
@@ -121,44 +121,55 @@ def replace_by_noise(
     """
     chosen = select(model, site, where)
     if layout is None:
-        patches = jnp.arange(_groups(model)) < model.prefix
-        chosen["mask"] = chosen["mask"] * _along(site, {"T": patches.astype(chosen["mask"].dtype)})
-    return {
-        site: Edit(shift=stats.noise(site, rng, batch, layout), value_over="tokens" if layout else "groups", **chosen)
-    }
+        chosen["mask"] = _without_patches(model, site, where, chosen["mask"])
+    noise = stats.noise(site, rng, batch, layout)
+    return {site: Edit(shift=noise, value_over="groups" if layout is None else "tokens", **chosen)}
 
 
 def replace_by_shuffle(
-    model: ViT, site: str, order: ArrayLike, clean: ArrayLike | None = None, **where: Unpack[Where]
+    model: ViT,
+    site: str,
+    order: ArrayLike | Sequence[int],
+    clean: ArrayLike | None = None,
+    **where: Unpack[Where],
 ) -> SiteEdits:
     """Puts another image's values in place.
 
     Args:
       order: [B] or [L, B] integers: which image each image takes its values from.
-      clean: [L, B, T, ..] or [1, B, T, ..], what was recorded at this site of a run without edits: the donor's values
-        come from there. Without it they come from the same run, where the donor may have been edited too.
+      clean: what was recorded at this site of a run without edits, as `patch` takes it: the donor's values come from
+        there. Without it they come from the same run, where the donor may have been edited too.
     """
-    order = jnp.atleast_2d(jnp.asarray(order))
-    chosen = select(model, site, where)
+    order = order if isinstance(order, jax.Array) else np.asarray(order)
+    order = order[None] if order.ndim == 1 else order
     if clean is None:
-        return {site: Shuffle(order=order, **chosen)}
-    clean = jnp.asarray(clean)
-    rows = jnp.broadcast_to(order, (clean.shape[0], order.shape[1]))
-    donor = jax.vmap(lambda x, one: jnp.take(x, one, axis=0))(clean, rows)
-    return {site: Edit(shift=donor, value_over="tokens", **chosen)}
+        return {site: Shuffle(order=order, **select(model, site, where))}
+    check_sites([site])
+    clean = _with_layers(model, site, jnp.asarray(clean), where.get("layers"))
+    images, depth = clean.shape[1], model.config.depth
+    if problems := Shuffle(0.0, order).problems(site, {"B": images}):
+        raise ValueError(f"the shuffle at {site!r} {problems[0]}")
+    if order.ndim != 2 or order.shape[1] != images or order.shape[0] not in (1, depth):
+        raise ValueError(f"order has shape {list(order.shape)}; expected [{images}] or [{depth}, {images}]")
+    each = (jnp.broadcast_to(a, (max(len(order), len(clean)), *a.shape[1:])) for a in (clean, jnp.asarray(order)))
+    return patch(model, site, jax.vmap(lambda x, one: jnp.take(x, one, axis=0))(*each), **where)
 
 
 def amplify(model: ViT, site: str, factor: ArrayLike, **where: Unpack[Where]) -> SiteEdits:
     """Multiplies values by `factor`, a number or an array with the axes of an `Edit`."""
-    return {site: Edit(scale=_number(factor), **select(model, site, where))}
+    return {site: Edit(scale=jnp.asarray(factor, float), **select(model, site, where))}
 
 
 def steer(model: ViT, site: str, vector: ArrayLike, **where: Unpack[Where]) -> SiteEdits:
-    """Adds `vector`, [D] (at `q`, `k`, `v`, `z`: [d] or [H, d]), or an array with the axes of an `Edit`."""
-    v = jnp.asarray(vector, float)
-    rank = len(SITES[site].split()) + 1
-    shift = jnp.expand_dims(v, range(rank - v.ndim)) if v.ndim else v
-    return {site: Edit(scale=jnp.ones(()), shift=shift, **select(model, site, where))}
+    """Adds `vector`, [D] (at `q`, `k`, `v`, `z`: [d] or [H, d]), or a number or an array with the axes of an `Edit`."""
+    check_sites([site])
+    v, axes = jnp.asarray(vector, float), ["L", *SITES[site].split()]
+    if v.ndim not in (0, 1, *([2] if "H d" in SITES[site] else []), len(axes)):
+        raise ValueError(
+            f"the vector for {site!r} has shape {list(v.shape)}; expected [{axes[-1]}], or all of [{', '.join(axes)}]"
+        )
+    shift = jnp.expand_dims(v, range(len(axes) - v.ndim)) if v.ndim else v
+    return {site: Edit(scale=1.0, shift=shift, **select(model, site, where))}
 
 
 def knockout(model: ViT, **where: Unpack[Where]) -> SiteEdits:
@@ -190,9 +201,16 @@ def scale_skip(
 
 
 def remove_registers(model: ViT, registers: Tokens = "registers") -> SiteEdits:
-    """Nobody attends to these registers, in any layer: for all other tokens they are as good as deleted."""
+    """Nobody attends to these registers, in any layer: for all other tokens they are as good as deleted.
+
+    Args:
+      registers: all, or those of these names or groups: `register 2`, 2, (1, 2) ..
+    """
     if not model.config.registers:
         raise ValueError("this model has no registers to remove")
+    mask = _tokens(model, registers, None)
+    if isinstance(mask, np.ndarray) and (mask[[0, -1]] != 0).any():
+        raise ValueError(f"{registers!r} are not only registers; to cut off other tokens use knockout(model, key=..)")
     return knockout(model, key=registers)
 
 
@@ -209,14 +227,15 @@ def select(model: ViT, site: str, where: Where) -> dict[str, Any]:
     axes = SITES[site].split()
     c = model.config
     last = {"D": c.width, "d": c.head_size, "F": c.hidden}.get(axes[-1])
-    token_axes = {"query": "Q", "key": "T"} if site in ATTENTION_SITES else {"tokens": "T"}
+    attention = site in ATTENTION_SITES
+    token_axes = {"query": "Q", "key": "T"} if attention else {"tokens": "T"}
     usable = ["layers", *token_axes, *(["heads"] if "H" in axes else []), *(["channels"] if last else [])]
-    usable += ["queries"] if site in ATTENTION_SITES else []
+    usable += ["queries"] if attention else []
     if wrong := [name for name in where if name not in usable]:
         raise ValueError(f"{site!r} has no {', '.join(wrong)}; what can be selected there: {', '.join(usable)}")
 
     masks = {"L": choose("layer", c.depth, where.get("layers"))}
-    if "H" in axes:
+    if where.get("heads") is not None:
         masks["H"] = choose("head", c.heads, where.get("heads"))
     if last and where.get("channels") is not None:
         masks[axes[-1]] = choose("channel", last, where.get("channels"))
@@ -227,75 +246,109 @@ def select(model: ViT, site: str, where: Where) -> dict[str, Any]:
     layout = layouts.pop() if layouts else None
     for axis, what in given.items():
         if what is not None:
-            masks[axis] = _tokens(c.registers, what, layout)
-    queries: Queries = where.get("queries") or _rows(given.get("Q"))
-    if queries == "prefix" and layout and "Q" in masks:
-        masks["Q"] = masks["Q"][: layout.prefix]
-    chosen: dict[str, Any] = {"mask": _along(site, masks), "mask_over": "tokens" if layout else "groups"}
-    return {**chosen, "queries": queries} if site in ATTENTION_SITES else chosen
+            masks[axis] = _tokens(model, what, layout)
+    chosen: dict[str, Any] = {"mask_over": "groups" if layout is None else "tokens"}
+    if attention:
+        queries = where.get("queries") or _rows(model, given["Q"], masks.get("Q"))
+        if queries == "prefix" and "Q" in masks:
+            masks["Q"] = _prefix_rows(model, masks["Q"], layout)
+        chosen["queries"] = queries
+    return {"mask": _along(site, masks), **chosen}
 
 
-def choose(kind: str, size: int, what: Any, names: Mapping[str, Sequence[int]] | None = None) -> Array:
+Mask = Array | np.ndarray
+"""A NumPy array unless what it selects is traced, so that `merge` and checks see it inside of `jit` too."""
+
+
+def choose(kind: str, size: int, what: Any, names: Mapping[str, Sequence[int]] | None = None) -> Mask:
     """[size], 1 where selected."""
     if what is None:
-        return jnp.ones(size)
-    if isinstance(what, jax.Array | np.ndarray) and (what.ndim or isinstance(what, jax.Array)):
-        if not jnp.issubdtype(what.dtype, jnp.integer):
-            if what.shape != (size,):
-                raise ValueError(f"a mask over {kind}s has shape {list(what.shape)}; expected [{size}]")
-            return jnp.asarray(what, float)
-        index = jnp.atleast_1d(jnp.where(what < 0, what + size, what))
-        return (jnp.arange(size)[:, None] == index[None]).any(1).astype(float)
-    mask = np.zeros(size)
-    for one in [what] if isinstance(what, str) or not isinstance(what, Sequence) else what:
-        if isinstance(one, str):
-            if one not in (names or {}):
-                raise ValueError(f"no {kind} {one!r}; there are {', '.join(names or ()) or f'0 to {size - 1}'}")
-            mask[list((names or {})[one])] = 1
-        elif not -size <= int(one) < size:
-            raise ValueError(f"there is no {kind} {one}: they are 0 to {size - 1}")
-        else:
-            mask[int(one)] = 1
-    return jnp.asarray(mask, float)
+        return np.ones(size, _float())
+    if not isinstance(what, jax.Array | np.ndarray):
+        entries = what if isinstance(what, Sequence) and not isinstance(what, str) else [what]
+        if unknown := [one for one in entries if isinstance(one, str) and one not in (names or {})]:
+            there = ", ".join(names or ()) or f"0 to {size - 1}"
+            raise ValueError(f"no {kind} {', '.join(map(repr, unknown))}; there are {there}")
+        spelled = [one for each in entries for one in ((names or {})[each] if isinstance(each, str) else [each])]
+        if not spelled:
+            return np.zeros(size, _float())
+        traced = any(isinstance(one, Tracer) for one in spelled)
+        try:
+            what = jnp.stack([jnp.asarray(one) for one in spelled]) if traced else np.asarray(spelled)
+        except (TypeError, ValueError):
+            what = np.asarray(None)
+    elif not isinstance(what, Tracer):
+        what = np.asarray(what)
+    if jnp.issubdtype(what.dtype, jnp.integer):
+        return _indicated(kind, size, what.ravel())
+    if what.shape != (size,) or what.dtype == object:
+        of = f"an array of {what.dtype}, {list(what.shape)}" if what.dtype != object else f"{what!r}"
+        raise ValueError(f"a selection of {kind}s is {of}; expected indices, or a mask of shape [{size}]")
+    return what.astype(_float())
 
 
-def _tokens(registers: int, what: Tokens, layout: TokenLayout | None) -> Array:
+def _indicated(kind: str, size: int, indices: Mask) -> Mask:
+    """1 at these indices."""
+    if isinstance(indices, np.ndarray) and (outside := indices[(indices < -size) | (indices >= size)]).size:
+        raise ValueError(f"there is no {kind} {outside[0]}: they are 0 to {size - 1}")
+    counted = jnp.where(indices < 0, indices + size, indices) if isinstance(indices, Tracer) else indices % size
+    return (np.arange(size)[:, None] == counted[None]).any(1).astype(_float())
+
+
+def _float() -> np.dtype:
+    """What JAX takes Python's numbers for."""
+    return jax.dtypes.canonicalize_dtype(float)
+
+
+def _tokens(model: ViT, what: Tokens, layout: TokenLayout | None) -> Mask:
     """A mask over groups, or over the tokens of `layout`."""
+    registers = model.config.registers
     if isinstance(what, Positions):
+        if what.layout.registers != registers:
+            raise ValueError(
+                f"positions in a sequence with {what.layout.registers} registers; the model has {registers}"
+            )
         return choose("token", what.layout.tokens, what.index)
     groups = TokenLayout(registers, (1, 1)).group_names
-    names = {name: [i] for i, name in enumerate(groups)}
-    names |= {"registers": range(1, registers + 1), "all": range(len(groups))}
-    mask = choose("group of tokens", len(groups), what, names)
+    names: dict[str, Sequence[int]] = {name: [i] for i, name in enumerate(groups)}
+    names |= {"registers": range(1, registers + 1)} if registers else {}
+    mask = choose("group of tokens", len(groups), what, names | {"all": range(len(groups))})
     return mask if layout is None else mask[layout.groups]
 
 
-def _spelled(what: Any) -> tuple[Any, ...]:
-    return (what,) if isinstance(what, str) else tuple(what)
+def _rows(model: ViT, query: Tokens, mask: Mask | None) -> Queries:
+    """Whether a selection of queries by names holds patches."""
+    names = [query] if isinstance(query, str) else query if isinstance(query, Sequence) else [None]
+    if isinstance(mask, np.ndarray) and all(isinstance(name, str) for name in names):
+        return "prefix" if not mask[model.prefix :].any() else "all"
+    return "all"
 
 
-def _rows(query: Any) -> Queries:
-    """Whether a selection of queries can hold patches."""
-    if query is None or isinstance(query, Positions | jax.Array | np.ndarray | int):
-        return "all"
-    return "all" if {"patches", "all"} & set(_spelled(query)) else "prefix"
+def _prefix_rows(model: ViT, mask_Q: Mask, layout: TokenLayout | None) -> Mask:
+    """A selection of queries for an edit that writes out the rows of [CLS] and registers alone."""
+    if isinstance(mask_Q, np.ndarray) and mask_Q[model.prefix :].any():
+        raise ValueError("queries='prefix' edits rows of [CLS] and registers alone; for those of patches give 'all'")
+    return mask_Q if layout is None else mask_Q[: model.prefix]
 
 
-def _groups(model: ViT) -> int:
-    return model.config.registers + 2
+def _without_patches(model: ViT, site: str, where: Where, mask: Mask) -> Mask:
+    """The mask of an edit whose values are of [CLS] and registers alone: patches stay as they are."""
+    axis = 1 + SITES[site].split().index("T")
+    named = where.get("tokens") is not None and isinstance(mask, np.ndarray)
+    if named and np.take(mask, range(model.prefix, mask.shape[axis]), axis).any():
+        raise ValueError("values of [CLS] and registers alone cannot replace those of patches: select other tokens")
+    before = np.arange(max(mask.shape[axis], model.prefix + 1)) < model.prefix
+    return mask * _along(site, {"T": before.astype(mask.dtype)})
 
 
-def _along(site: str, masks: Mapping[str, Array]) -> Array:
+def _along(site: str, masks: Mapping[str, Mask]) -> Mask:
     """The product of masks, each along its axis of the site."""
     axes = ["L", *SITES[site].split()]
-    product = jnp.ones([1] * len(axes))
+    product: Mask = np.ones([1] * len(axes), _float())
     for name, mask in masks.items():
-        product = product * jnp.expand_dims(mask, [i for i, axis in enumerate(axes) if axis != name])
+        shape = [mask.shape[0] if axis == name else 1 for axis in axes]
+        product = product * mask.reshape(shape)
     return product
-
-
-def _number(value: ArrayLike) -> Array:
-    return jnp.asarray(value, float)
 
 
 def _with_layers(model: ViT, site: str, value: Array, layers: Any) -> Array:
@@ -310,9 +363,10 @@ def _with_layers(model: ViT, site: str, value: Array, layers: Any) -> Array:
         )
     if value.shape[0] in (1, depth):
         return value
-    if isinstance(layers, Tracer):
+    mask = choose("layer", depth, layers)
+    if not isinstance(mask, np.ndarray):
         raise ValueError(f"the value has {value.shape[0]} layers and the layers are traced: give all {depth}, or one")
-    chosen = np.flatnonzero(np.asarray(choose("layer", depth, layers)))
+    chosen = np.flatnonzero(mask)
     if len(chosen) != value.shape[0]:
         raise ValueError(f"the value has {value.shape[0]} layers, and {len(chosen)} of {depth} layers are selected")
     return jnp.zeros((depth, *value.shape[1:]), value.dtype).at[chosen].set(value)

@@ -17,7 +17,7 @@ SITES = {
     "k": "B T H d",
     "v": "B T H d",
     "scores": "B H Q T",  # after 1/sqrt(d), before the softmax
-    "weights": "B H Q T",  # exp(scores - the row's largest): the softmax before it is divided by its sum
+    "weights": "B H Q T",  # exp(scores - the row's largest that is not cut): the softmax before its division
     "pattern": "B H Q T",  # weights / their sum; zeros where that is 0
     "z": "B T H d",  # outputs of the heads, before the output projection
     "attn_out": "B T D",  # after LayerScale: what is added to the stream

@@ -312,7 +312,8 @@ class ViT(nnx.Module):
 
         def at_layer(i, x, wanted):
             at = partial(jax.lax.dynamic_index_in_dim, index=i, axis=0, keepdims=False)
-            return step(x, *jax.tree.map(at, (self.blocks, scanned)), wanted)
+            block, edits = jax.tree.map(at, (self.blocks, scanned))
+            return step(x, block, edits, wanted)
 
         if isinstance(layer, jax.Array):
             if record:
