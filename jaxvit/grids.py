@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +18,12 @@ class Grid:
     Grid(layer=range(12), strength=(0.5, 1.0, 2.0), control=("zero", "mean"), group={"cls": 0, "patches": 5})
 
     An axis is given as numbers, as a mapping of labels to numbers, or as words, which stand for 0, 1, ... A point is a
-    mapping of each axis to its number there, an array with no axes, which the constructors of edits take as an index.
+    mapping of each axis to its number there, an array with no axes: the constructors of edits take an integer as an
+    index, and `jnp.select`, `jax.lax.switch` and indexing of stacked values turn the number of a word into what it
+    means.
     """
 
-    def __init__(self, **axes: Iterable[float] | Sequence[str] | Mapping[Label, float]):
+    def __init__(self, **axes: Iterable[Any] | Mapping[Label, Any]):
         if not axes:
             raise ValueError("a grid needs an axis: Grid(layer=range(12))")
         self.axes: dict[str, tuple[Label, ...]] = {}
@@ -33,15 +36,11 @@ class Grid:
             if not values:
                 raise ValueError(f"axis {name} is empty")
             words = all(isinstance(value, str) for value in values)
-            self.numbers[name] = np.arange(len(values)) if words else np.asarray(values)
-            if self.numbers[name].dtype.kind not in "iuf":
+            plain = words or all(np.ndim(value) == 0 for value in values)
+            self.numbers[name] = np.arange(len(values)) if words or not plain else np.asarray(values)
+            if not plain or self.numbers[name].dtype.kind not in "iuf":
                 raise ValueError(f"axis {name} is {values!r}; expected numbers, words, or words with numbers")
-            labels = (
-                list(entries)
-                if entries
-                else [v if isinstance(v, str) else int(v) if int(v) == v else str(v) for v in values]
-            )
-            self.axes[name] = tuple(labels)
+            self.axes[name] = tuple(entries or (values if words else self.numbers[name].tolist()))
             if len(set(self.axes[name])) < len(values):
                 raise ValueError(f"axis {name} has the same value twice: {values!r}")
 
@@ -56,7 +55,7 @@ class Grid:
     def points(self) -> dict[str, np.ndarray]:
         """Axis -> its number at each of the n points, [n]; the last axis moves fastest."""
         columns = np.meshgrid(*self.numbers.values(), indexing="ij")
-        typed = (c.astype(np.int32 if c.dtype.kind in "iu" else np.float32).ravel() for c in columns)
+        typed = (c.astype(int if c.dtype.kind in "iu" else float).ravel() for c in columns)  # JAX narrows both
         return dict(zip(self.numbers, typed, strict=True))
 
     def __repr__(self) -> str:

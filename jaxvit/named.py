@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
+from zlib import error as ZlibError
 
 import numpy as np
+
+from jaxvit.checkpoint import replacing_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Label = str | int
+Label = str | int | float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NamedArray:
     """An array, with a name for each axis and a label for each place along it.
 
-    effect.mean("image").select(control="zero").plot()
+    effect.mean("image").select(control="zero").plot("effect.png")
+    effect.mean("image").largest(3)  # [({"layer": 5, "head": 0, "control": "mean"}, 0.93), ..]
+    np.asarray(effect)  # the numbers alone
 
     Attributes:
       values: the numbers.
@@ -31,11 +40,9 @@ class NamedArray:
     name: str = "value"
 
     def __post_init__(self) -> None:
-        sizes = tuple(len(labels) for labels in self.axes.values())
-        if self.values.shape != sizes:
-            raise ValueError(
-                f"values have shape {self.values.shape}, the axes {dict(zip(self.axes, sizes, strict=True))}"
-            )
+        sizes = {axis: len(labels) for axis, labels in self.axes.items()}
+        if self.values.shape != tuple(sizes.values()):
+            raise ValueError(f"values have shape {list(self.values.shape)}; expected that of the axes, {sizes}")
 
     def mean(self, *axes: str) -> NamedArray:
         """The mean over these axes; over all without any."""
@@ -51,25 +58,68 @@ class NamedArray:
         left = {axis: labels for axis, labels in self.axes.items() if axis not in axes}
         return NamedArray(np.asarray(function(self.values, axis=places)), left, self.name)
 
-    def select(self, **labels: Label) -> NamedArray:
-        """The part at these labels, without their axes: `select(layer=3, control="zero")`."""
+    def select(self, **labels: Label | Sequence[Label]) -> NamedArray:
+        """The part at these labels: `select(layer=3, control=("zero", "mean"))`. An axis with one label goes."""
         values, left = self.values, dict(self.axes)
-        for axis, label in labels.items():
-            if label not in self.axes[self._axis(axis)]:
-                raise ValueError(f"no {axis} {label!r}; there are {', '.join(map(str, self.axes[axis]))}")
-            values = np.take(values, self.axes[axis].index(label), axis=list(left).index(axis))
-            del left[axis]
+        for axis, chosen in labels.items():
+            every = self.axes[self._axis(axis)]
+            several = tuple(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else None
+            wanted = (chosen,) if several is None else several
+            if wrong := [label for label in wanted if label not in every]:
+                raise ValueError(f"no {axis} {wrong[0]!r}; there are {', '.join(map(str, every))}")
+            place = list(left).index(axis)
+            values = np.take(values, [every.index(label) for label in wanted], axis=place)
+            if several is None:
+                values = values.squeeze(place)
+                del left[axis]
+            else:
+                left[axis] = several
         return NamedArray(np.asarray(values), left, self.name)
+
+    def largest(self, n: int = 1, magnitude: bool = False) -> list[tuple[dict[str, Label], float]]:
+        """Where the n largest values are, and what they are; with `magnitude`, those farthest from 0. NaN never is."""
+        key = np.abs(self.values) if magnitude else self.values
+        order = np.argsort(-key, axis=None, kind="stable")  # NaN last
+        places = [np.unravel_index(i, self.values.shape) for i in order if not np.isnan(key.flat[i])][:n]
+        return [
+            ({axis: labels[i] for (axis, labels), i in zip(self.axes.items(), at, strict=True)}, float(self.values[at]))
+            for at in places
+        ]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.values, dtype, copy=copy)
 
     def to_xarray(self) -> Any:
         """The same as an `xarray.DataArray`, if xarray is installed."""
-        import xarray
-
+        try:
+            import xarray
+        except ImportError:
+            raise ImportError("xarray is not installed: pip install xarray, or use .values and .axes") from None
         coordinates = {axis: list(labels) for axis, labels in self.axes.items()}
         return xarray.DataArray(self.values, coordinates, tuple(self.axes), self.name)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes an .npz file of `values`, and of `axes` and `name` as JSON; all or nothing."""
+        labels = json.dumps({"name": self.name, "axes": list(map(list, self.axes.items()))})
+        with replacing_file(Path(path)) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, values=self.values, labels=labels)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> NamedArray:
+        """Reads what `save` wrote.
+
+        Raises:
+          ValueError: not such a file.
+        """
+        try:
+            with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                labels = json.loads(str(file["labels"]))
+                axes = {axis: tuple(every) for axis, every in labels["axes"]}
+                return cls(file["values"], axes, labels["name"])
+        except FileNotFoundError:
+            raise ValueError(f"{path} does not exist") from None
+        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, BadZipFile, ZlibError) as error:
+            raise ValueError(f"{path} is no complete file of NamedArray.save: {error}") from error
 
     def _axis(self, name: str) -> str:
         if name not in self.axes:
@@ -84,9 +134,10 @@ class NamedArray:
         return f"NamedArray({self.name!r}, [{axes}])"
 
     def plot(self, path: Any = None, x: str | None = None, y: str | None = None, col: str | None = None) -> Figure:
-        """One axis: a line or bars. Two: a heat map. Three: a row of heat maps on one colour scale.
+        """One axis: a line over numbers, bars over words. Two: a heat map. Three: a row of them on one colour scale.
 
-        Values of both signs get a scale around 0. Axes that are left over must be averaged or selected first.
+        Values of both signs get a scale around 0; NaN stays blank. Axes that are left over must be averaged or selected
+        first.
 
         Args:
           path: where to save the picture, as .png, .svg or .pdf.
@@ -96,13 +147,19 @@ class NamedArray:
         Raises:
           ValueError: an axis that is not there, or other than one to three axes.
         """
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ImportError("matplotlib is not installed: pip install matplotlib") from None
 
-        left = [axis for axis in self.axes if axis not in (x, y, col)]
-        given = {name: self._axis(axis) for name, axis in (("x", x), ("y", y), ("col", col)) if axis}
-        chosen = given | dict(zip((n for n in ("x", "y", "col") if n not in given), left, strict=False))
-        if not 1 <= len(self.axes) <= 3 or len(chosen) != len(self.axes) or len(set(chosen.values())) != len(chosen):
+        if not 1 <= len(self.axes) <= 3:
             raise ValueError(f"{self!r} cannot be drawn: take the mean over, or select, all but one to three axes")
+        roles = ("x", "y", "col")[: len(self.axes)]
+        given = {role: self._axis(axis) for role, axis in (("x", x), ("y", y), ("col", col)) if axis}
+        if not set(given) <= set(roles) or len(set(given.values())) < len(given):
+            raise ValueError(f"{self!r} is drawn with {' and '.join(roles)}, an axis each; {given} do not fit")
+        left = iter(axis for axis in self.axes if axis not in given.values())
+        chosen = {role: given.get(role) or next(left) for role in roles}
         figure = Figure(layout="constrained")
         if len(self.axes) == 1:
             self._draw_line(figure, chosen["x"])
@@ -113,11 +170,14 @@ class NamedArray:
         return figure
 
     def _draw_line(self, figure: Figure, x: str) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         labels = self.axes[x]
         figure.set_size_inches(max(3.5, 0.25 * len(labels) + 1.5), 3)
         panel = figure.subplots()
-        if all(isinstance(label, int) for label in labels):
+        if numbers(labels):
             panel.plot(labels, self.values, marker="o", markersize=3)
+            panel.xaxis.set_major_locator(MaxNLocator(integer=all(isinstance(label, int) for label in labels)))
         else:
             panel.bar(range(len(labels)), self.values)
             ticks(panel.xaxis, labels)
@@ -136,17 +196,21 @@ class NamedArray:
         panels = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
         for panel, one, label in zip(panels, values if col else values[None], columns, strict=True):
             panel.imshow(one, aspect="auto", origin="lower", interpolation="none", **scale)
-            panel.set(xlabel=x, title=f"{col}: {label}" if col and isinstance(label, int) else str(label))
+            panel.set(xlabel=x, title=f"{col} {label}" if col and numbers([label]) else str(label))
             ticks(panel.xaxis, self.axes[x])
             ticks(panel.yaxis, self.axes[y])
         panels[0].set_ylabel(y)
         figure.colorbar(panels[0].images[0], ax=list(panels), label=self.name)
 
 
+def numbers(labels: Sequence[Label]) -> bool:
+    return not any(isinstance(label, str) for label in labels)
+
+
 def ticks(axis: Any, labels: Sequence[Label], most: int = 14) -> None:
     """Writes labels at the middle of their cells: all words, and of many numbers every second, fifth, .."""
     step = 1
-    if all(isinstance(label, int) for label in labels):
+    if numbers(labels):
         step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**9) if len(labels) <= most * s)
     places = range(0, len(labels), step)
     turned = axis.axis_name == "x" and max(len(str(label)) for label in labels) > 3

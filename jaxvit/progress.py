@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], what: str, total: int | None = None, enabled: bool = True) -> Iterator[T]:
+def track(items: Iterable[T], what: str, enabled: bool = True) -> Iterator[T]:
     """The items, with a bar on stderr while they are used; silently without tqdm."""
+    with bar(what, length(items), enabled) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+@contextmanager
+def bar(what: str, total: int | None, enabled: bool = True) -> Iterator[Callable[[int], object]]:
+    """A bar on stderr, and the function that moves it; without tqdm a function that does nothing.
+
+    Args:
+      total: steps to go, if that is known.
+    """
     try:
         from tqdm import tqdm
     except ImportError:
-        return iter(items)
-    return iter(tqdm(items, desc=what, total=total, disable=not enabled))
+        yield lambda steps: None
+        return
+    with tqdm(desc=what, total=total, disable=not enabled) as shown:
+        yield shown.update
+
+
+def length(items: Iterable[object]) -> int | None:
+    """How many, where that is known beforehand."""
+    return len(items) if hasattr(items, "__len__") else None  # pyright: ignore[reportArgumentType]

@@ -21,6 +21,9 @@ from jaxvit.sites import ATTENTION_SITES, Take, check_sites
 from jaxvit.tokens import TokenLayout
 from jaxvit.vit import ViT
 
+Images = Array | np.ndarray | Batch | Iterable[Array | np.ndarray | Batch]
+"""[B, H, W, 3], or any number of batches, such as of `jaxvit.stream`, whose repeated images do not count."""
+
 
 class ActivationStats:
     """Mean and variance of each channel, by layer and group of tokens; each patch counts as one value of its group.
@@ -45,11 +48,11 @@ class ActivationStats:
     def collect(
         cls,
         model: ViT,
-        batches: Iterable[Batch | Array],
+        images: Images,
         sites: str | Iterable[str] = ("resid_pre",),
         progress: bool = True,
     ) -> ActivationStats:
-        """Runs the model over batches of images.
+        """Runs the model over images.
 
         Raises:
           ValueError: no image, an unknown site, or one of attention, which has no single axis of tokens.
@@ -59,11 +62,10 @@ class ActivationStats:
         if wrong := sorted(set(sites) & set(ATTENTION_SITES)):
             raise ValueError(f"no statistics of {', '.join(map(repr, wrong))}: only of sites with one axis of tokens")
         stats = cls()
-        for batch in track(batches, "statistics", enabled=progress):
-            images, valid = (batch.images, batch.valid) if isinstance(batch, Batch) else (batch, None)
-            valid = np.ones(len(images), bool) if valid is None else valid
-            layout = model.config.layout(*images.shape[1:3])
-            found = _moments(model, images, jnp.asarray(valid, model.cls.dtype), sites, layout)
+        for each in track(batches_of(images), "statistics", enabled=progress):
+            batch, valid = images_and_valid(each)
+            layout = model.config.layout(*batch.shape[1:3])
+            found = _moments(model, batch, valid, sites, layout)
             stats.add(valid.sum() * layout.membership.sum(0, dtype=np.float64), *jax.device_get(found))
         if not stats.count.size:
             raise ValueError("no images to take statistics of")
@@ -116,6 +118,7 @@ class ActivationStats:
             tensors |= {f"mean.{site}": self.means[site], f"squares.{site}": self.squares[site]}
         with replacing_file(Path(path)) as temporary:
             save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, temporary)
+            temporary.chmod(0o644)  # safetensors makes its files private
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ActivationStats:
@@ -132,18 +135,43 @@ class ActivationStats:
         stats.count = file["count"]
         stats.means = {site: file[f"mean.{site}"] for site in sites}
         stats.squares = {site: file[f"squares.{site}"] for site in sites}
+        for site in sites:
+            shape, groups = stats.means[site].shape, stats.count.shape
+            if stats.squares[site].shape != shape or shape[1:2] != groups:
+                raise CheckpointError(
+                    f"{path} holds no activation statistics: mean, squares and count of {site!r} have shapes "
+                    f"{list(shape)}, {list(stats.squares[site].shape)} and {list(groups)}"
+                )
         return stats
 
 
+def batches_of(images: Images) -> Iterable[Array | np.ndarray | Batch]:
+    """Batches, also where one is given as it is."""
+    if isinstance(images, Batch) or (isinstance(images, Array | np.ndarray) and images.ndim < 5):
+        return [images]
+    return images
+
+
+def images_and_valid(batch: Array | np.ndarray | Batch) -> tuple[Array, np.ndarray]:
+    """The images of a batch, and which of them count."""
+    if isinstance(batch, Batch):
+        return batch.images, batch.valid
+    if np.ndim(batch) != 4:
+        raise ValueError(f"images have shape {list(np.shape(batch))}; expected [batch, height, width, 3 channels]")
+    return jnp.asarray(batch), np.ones(len(batch), bool)
+
+
 @partial(jax.jit, static_argnames=("sites", "layout"))
-def _moments(model: ViT, images: Array, valid_B: Array, sites: tuple[str, ...], layout: TokenLayout) -> Any:
+def _moments(model: ViT, images: Array, valid: Array, sites: tuple[str, ...], layout: TokenLayout) -> Any:
     trace = model(images, record={site: Take(tokens="all") for site in sites}).trace
-    membership = jnp.asarray(layout.membership, valid_B.dtype)
-    weight = valid_B[:, None, None] * membership[None]  # B T G
+    # In half precision a sum over a thousand patches would have two digits.
+    dtype = jnp.float64 if model.cls.dtype == jnp.float64 else jnp.float32
+    membership = jnp.asarray(layout.membership, dtype)
+    weight = jnp.asarray(valid, dtype)[:, None, None] * membership[None]  # B T G
     count = jnp.maximum(weight.sum((0, 1)), 1)
     means, squares = {}, {}
     for site, x in trace.items():
-        flat = x.reshape(*x.shape[:3], -1)
+        flat = x.reshape(*x.shape[:3], -1).astype(dtype)
         precise = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
         mean = precise("BTG,LBTX->LGX", weight, flat) / count[None, :, None]
         centred = flat - precise("TG,LGX->LTX", membership, mean)[:, None]

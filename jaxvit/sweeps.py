@@ -7,7 +7,8 @@ edits at the first layer that any of its points edits, which is read off the mas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,16 +21,16 @@ from jaxvit.edits import Edit, Edits, Operation, by_layer, listed
 from jaxvit.grids import Grid
 from jaxvit.images import Batch
 from jaxvit.named import NamedArray
-from jaxvit.progress import track
+from jaxvit.progress import bar, length, track
 from jaxvit.similarity import cosine
 from jaxvit.sites import ATTENTION_SITES, Record, Take, as_takes
+from jaxvit.statistics import Images, batches_of, images_and_valid
 from jaxvit.vit import Output, ViT
 
 Point = Mapping[str, Array]
 """Axis of the grid -> its number at this point; a traced array without axes."""
 MakeEdits = Callable[[Point, Output], Edits]
 Metric = Callable[[Output, Output], Any]
-Images = Array | np.ndarray | Iterable[Any]
 
 
 def cls_cosine(out: Output, clean: Output) -> Float[Array, " B"]:
@@ -59,7 +60,8 @@ def sweep(
     Args:
       images: [B, H, W, 3], or any number of batches, such as of `jaxvit.stream`; batches of one size compile once.
       make_edits: `make_edits(point, clean)`, the edits of a point; `clean` is the run of the same images without edits,
-        for values to put in place. Is traced once: its sites may not depend on the point, its arrays may.
+        for values to put in place. Is traced, not called for each point: its sites may not depend on the point, its
+        arrays may.
       metric: `metric(out, clean)`, [B] or [B, ..] numbers about each image; or several by name, which become an axis
         `metric`.
       batch_size: points that run at once. More is faster on an accelerator; memory grows with it, and not with the
@@ -68,47 +70,62 @@ def sweep(
       record: what `out.trace` holds. Runs that record start at the first layer.
 
     Returns:
-      The metric with the axes of the grid, then `image`, then the metric's own.
+      The metric with the axes of the grid, then `image`, then the metric's own. Images are labelled by their number, of
+      `jaxvit.stream` by their place among its sources.
+
+    Raises:
+      ValueError: no images, a metric that is not about each image, or an axis of the grid called `image` or `metric`.
     """
-    takes = {**as_takes(record_clean), "resid_pre": Take()}
-    results = []
-    points = {axis: jnp.asarray(numbers) for axis, numbers in grid.points.items()}
-    programs = _Programs.of(make_edits, metric, takes, record, batch_size)
-    batches = _batches(images)
-    chunks = -(-len(grid) // batch_size)
-    for i, (batch, valid) in enumerate(batches):
-        clean = programs.clean(model, batch)
-        first = np.asarray(programs.first_layer(model, clean, points))
-        order = np.argsort(first, kind="stable")
-        found: list[Any] = []
-        what = f"{len(grid)} points" if i == 0 else f"{len(grid)} points, batch {i + 1}"
-        for chunk in track(range(chunks), what, enabled=progress):
-            # The last chunk is filled up with its last point: a size of its own would compile again.
-            chosen = order[np.minimum(np.arange(batch_size) + chunk * batch_size, len(grid) - 1)]
-            start = 0 if record else min(int(first[chosen].min()), model.config.depth - 1)
-            at = {axis: numbers[chosen] for axis, numbers in points.items()}
-            found.append(jax.device_get(programs.run(model, batch, clean, at, jnp.asarray(start, jnp.int32))))
-        whole = jax.tree.map(lambda *a: np.concatenate(a)[: len(grid)], *found)
-        back = np.argsort(order, kind="stable")
-        results.append(jax.tree.map(lambda a, back=back, valid=valid: a[back][:, valid], whole))
+    batch_size = _chunk(batch_size, grid)
+    takes = _static({**as_takes(record_clean), "resid_pre": Take()})
+    points, results, labels = _filled(grid.points, batch_size), [], []
+    programs = _Programs.of(make_edits, metric, record, batch_size)
+    batches = batches_of(images)
+    known = length(batches)
+    with bar(f"{len(grid)} points", None if known is None else len(grid) * known, progress) as advance:
+        for each in batches:
+            batch, valid = images_and_valid(each)
+            clean = _clean_run(model, batch, takes)
+            first = np.asarray(programs.first_layer(model, clean, points))
+            order = np.argsort(first, kind="stable")
+            found: list[Any] = []
+            for begin in range(0, len(grid), batch_size):
+                chosen = order[begin : begin + batch_size]
+                start = 0 if record else min(int(first[chosen].min()), model.config.depth - 1)
+                at = {axis: numbers[chosen] for axis, numbers in points.items()}
+                found.append(jax.device_get(programs.run(model, batch, clean, at, np.int32(start))))
+                advance(min(batch_size, len(grid) - begin))
+            whole = jax.tree.map(lambda *a: np.concatenate(a), *found)
+            back = np.argsort(order)[: len(grid)]
+            results.append(jax.tree.map(lambda a, back=back, valid=valid: a[back][:, valid], whole))
+            labels.append(each.indices[valid] if isinstance(each, Batch) else None)
     if not results:
         raise ValueError("no images to run")
-    return _named(grid, jax.tree.map(lambda *a: np.concatenate(a, axis=1), *results), metric)
+    return _named(grid, jax.tree.map(lambda *a: np.concatenate(a, axis=1), *results), labels, metric)
+
+
+@partial(jax.jit, static_argnames="takes")
+def _clean_run(model: ViT, images: Array, takes: tuple[tuple[str, Take], ...]) -> Output:
+    """The run without edits; outside of `_Programs`, so that all sweeps of a model share it."""
+    return model(images, record=dict(takes))
+
+
+def _static(takes: Mapping[str, Take]) -> tuple[tuple[str, Take], ...]:
+    """What to record, as a value that can be hashed."""
+    return tuple(
+        (site, replace(take, layers=tuple(take.layers)) if isinstance(take.layers, Iterable) else take)
+        for site, take in takes.items()
+    )
 
 
 class _Programs(NamedTuple):
-    """The three compiled programs of a sweep."""
+    """The two compiled programs of a sweep."""
 
-    clean: Callable[..., Output]
     first_layer: Callable[..., Array]
     run: Callable[..., Any]
 
     @classmethod
-    def of(cls, make_edits: MakeEdits, metric: Metric, takes: Record, record: Record, batch_size: int) -> _Programs:
-        @jax.jit
-        def clean_run(model, images):
-            return model(images, record=takes)
-
+    def of(cls, make_edits: MakeEdits, metric: Metric, record: Record, batch_size: int) -> _Programs:
         @jax.jit
         def first_layers(model, clean, points):
             def one(point):
@@ -125,12 +142,16 @@ class _Programs(NamedTuple):
 
             stream = jax.lax.dynamic_index_in_dim(clean.trace["resid_pre"], 0 if record else start, keepdims=False)
             values = jax.vmap(one)(points)
-            for value in jax.tree.leaves(values):
-                if value.ndim < 2 or value.shape[1] != len(images):
-                    raise ValueError(f"the metric returns {list(value.shape[1:])}; expected [{len(images)} images, ..]")
+            every = list(values.values()) if isinstance(values, Mapping) else [values]
+            shapes = [list(value.shape[1:]) if isinstance(value, Array) else type(value).__name__ for value in every]
+            if not shapes or not all(shape == shapes[0] and shape[:1] == [len(images)] for shape in shapes):
+                raise ValueError(
+                    f"the metric returns {', '.join(map(str, shapes)) or 'nothing'}; expected numbers of shape "
+                    f"[{len(images)} images, ..], or several of one shape by name"
+                )
             return values
 
-        return cls(clean_run, first_layers, run)
+        return cls(first_layers, run)
 
 
 def first_edited(edits: Mapping[str, tuple[Operation, ...]], depth: int) -> Array:
@@ -162,15 +183,16 @@ def attribute(
     mask goes from 0 to where it is, taken at 0, and costs no run of the model for a point. Effects that are far from
     linear (a metric at its maximum in the clean run, such as `cls_cosine`, has derivative 0) need the `sweep`.
 
-    Args and returns: as of `sweep`; the metric gives one number an image.
+    Args, returns and raises: as of `sweep`; the metric gives one number an image.
     """
-    results = []
-    points = {axis: jnp.asarray(numbers) for axis, numbers in grid.points.items()}
+    batch_size = _chunk(batch_size, grid)
+    points, results, labels = _filled(grid.points, batch_size), [], []
     depth = model.config.depth
 
+    takes_clean = _static({**as_takes(record_clean), "resid_pre": Take()})
+
     @jax.jit
-    def gradients(model, images):
-        clean = model(images, record={**as_takes(record_clean), "resid_pre": Take()})
+    def gradients(model, clean):
         point = {axis: numbers[0] for axis, numbers in points.items()}
         edited = listed(jax.eval_shape(make_edits, point, clean))
         takes, queries = {}, {}
@@ -186,12 +208,12 @@ def attribute(
             }
             out = model.run_from(0, clean.trace["resid_pre"][0], nudged, takes)
             values = metric(out, clean)
-            if not isinstance(values, jax.Array) or values.shape != images.shape[:1]:
+            if not isinstance(values, jax.Array) or values.shape != clean.cls.shape[:1]:
                 raise ValueError(f"the metric returns {jax.tree.map(jnp.shape, values)}; expected a number an image")
             return values.sum(), out.trace
 
         slopes, values = jax.grad(total, has_aux=True)(jax.tree.map(jnp.zeros_like, shapes))
-        return clean, slopes, values
+        return slopes, values
 
     @jax.jit
     def estimates(model, clean, slopes, values, points):
@@ -201,49 +223,60 @@ def attribute(
             def layer(total, xs):
                 arrays, slopes, values = xs
                 for site, each in of_layer(arrays).items():
-                    new = values[site]
-                    for edit in each:
-                        new = edit(site, new, model.prefix)
-                    change = slopes[site] * (new - values[site])
-                    total = total + change.sum(range(1, change.ndim))
+                    for edit in each:  # to first order, edits of one value add up
+                        change = slopes[site] * (edit(site, values[site], model.prefix) - values[site])
+                        total = total + change.sum(range(1, change.ndim), dtype=total.dtype)
                 return total, None
 
-            start = jnp.zeros(clean.cls.shape[0], clean.cls.dtype)
-            return jax.lax.scan(layer, start, (arrays, slopes, values))[0]
+            dtype = jnp.float64 if clean.cls.dtype == jnp.float64 else jnp.float32
+            return jax.lax.scan(layer, jnp.zeros(clean.cls.shape[0], dtype), (arrays, slopes, values), depth)[0]
 
         return jax.lax.map(one, points, batch_size=batch_size)
 
-    for batch, valid in track(_batches(images), "attribution", enabled=progress):
-        clean, slopes, values = gradients(model, batch)
-        results.append(np.asarray(estimates(model, clean, slopes, values, points))[:, valid])
+    for each in track(batches_of(images), "attribution", enabled=progress):
+        batch, valid = images_and_valid(each)
+        clean = _clean_run(model, batch, takes_clean)
+        slopes, values = gradients(model, clean)
+        results.append(np.asarray(estimates(model, clean, slopes, values, points))[: len(grid), valid])
+        labels.append(each.indices[valid] if isinstance(each, Batch) else None)
     if not results:
         raise ValueError("no images to run")
-    return _named(grid, np.concatenate(results, axis=1), metric, "estimated change of ")
+    return _named(grid, np.concatenate(results, axis=1), labels, metric, "estimated change of ")
 
 
-def _batches(images: Images) -> Iterator[tuple[Array, np.ndarray]]:
-    """Images, and which of them count."""
-    if isinstance(images, jax.Array | np.ndarray) and images.ndim == 4:
-        images = [images]
-    for batch in images:
-        if isinstance(batch, Batch):
-            yield batch.images, batch.valid
-        else:
-            yield jnp.asarray(batch), np.ones(len(batch), bool)
+def _chunk(batch_size: int, grid: Grid) -> int:
+    """How many points run at once."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected the number of points that run at once, 1 or more")
+    if taken := {"image", "metric"} & set(grid.axes):
+        raise ValueError(f"the result has an axis {taken.pop()!r} of its own: call the grid's axis something else")
+    return min(batch_size, len(grid))
 
 
-def _named(grid: Grid, values: Any, metric: Metric, prefix: str = "") -> NamedArray:
-    """The values of all points, [points, images, ..], with the axes of the grid."""
-    axes = dict(grid.axes)
+def _filled(points: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
+    """Whole chunks, of the last point again where there are no more: a rest would be compiled once more."""
+    return {axis: np.pad(numbers, (0, -len(numbers) % batch_size), mode="edge") for axis, numbers in points.items()}
+
+
+def _named(
+    grid: Grid, values: Any, labels: Sequence[np.ndarray | None], metric: Metric, prefix: str = ""
+) -> NamedArray:
+    """The values of all points, [points, images, ..], with the axes of the grid.
+
+    Args:
+      labels: of the images, in every batch that has some.
+    """
+    axes, extra = dict(grid.axes), {}
     name = metric.func.__name__ if isinstance(metric, partial) else getattr(metric, "__name__", "metric")
     if isinstance(values, Mapping):
-        labels, values = tuple(values), np.stack(list(values.values()), axis=2)
-        extra = {"metric": labels}
-    else:
-        extra = {}
-    values = values.reshape(*grid.shape, *values.shape[1:])
-    axes["image"] = tuple(range(values.shape[len(grid.shape)]))
+        extra, values = {"metric": tuple(values)}, np.stack(list(values.values()), axis=2)
+    if values.dtype.kind == "V":  # half precisions that NumPy and matplotlib do not know
+        values = values.astype(np.float32)
+    images = [int(label) for some in labels if some is not None for label in some]
+    count = values.shape[1]
+    axes["image"] = tuple(images if len(set(images)) == count else range(count))
     axes |= extra
+    values = values.reshape(*grid.shape, *values.shape[1:])
     for i, size in enumerate(values.shape[len(axes) :]):
         axes[f"{name} {i}"] = tuple(range(size))
     return NamedArray(values, axes, prefix + ("value" if extra or name == "<lambda>" else name.replace("_", " ")))
