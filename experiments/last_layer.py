@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from experiments.running import Running
 from jaxvit import ImageError, Take, TokenLayout, ViT, stream
-from jaxvit.decompose import attention_mass, attention_parts, contributions
+from jaxvit.decompose import attention_mass, attention_parts, patch_maps, projection_shares
 from jaxvit.similarity import StreamingCKA, cosine
 
 SOURCES = ("cls", "registers", "patches")
@@ -69,16 +69,15 @@ def measure(model: ViT, images: Float[Array, "B H W 3"]) -> Measured:
         out.trace[site][-1][:, 0] for site in ("skip_attn", "attn_out", "resid_mid", "mlp_out", "resid_post")
     )
     parts = attention_parts(model, -1, pattern, v, layout)
-    groups = by_source(parts.groups[:, 0], layout, axis=1)
+    groups = by_source(parts.parts[:, 0], layout, axis=1)
     mass = by_source(attention_mass(pattern[:, :, 0].mean(axis=1), layout), layout, axis=1)
     bias = jnp.broadcast_to(parts.bias[None], update.shape)
 
     summands = {"skip": skip, **groups, "bias": bias, "mlp": mlp}  # of [CLS] after the block
-    energy = (after * after).sum(-1)
     scalars = {f"mass {name}": value for name, value in mass.items()}
     scalars |= {f"norm {name}": jnp.linalg.norm(value, axis=-1) for name, value in summands.items()}
-    scalars |= {"norm update": jnp.linalg.norm(update, axis=-1), "norm output": jnp.sqrt(energy)}
-    scalars |= {f"share {name}": (value * after).sum(-1) / energy for name, value in summands.items()}
+    scalars |= {"norm update": jnp.linalg.norm(update, axis=-1), "norm output": jnp.linalg.norm(after, axis=-1)}
+    scalars |= {f"share {name}": value for name, value in projection_shares(summands, after).items()}
     others = {name: group for name, group in groups.items() if name != "cls"}
     for name, group in others.items():
         scalars[f"cosine {name}"] = cosine(group, update)
@@ -87,10 +86,7 @@ def measure(model: ViT, images: Float[Array, "B H W 3"]) -> Measured:
 
     cls_LBD = out.trace["resid_post"][:, :, 0]
     normed_LBD = model.norm(cls_LBD)
-    maps = {
-        "attention": pattern[:, :, 0].mean(axis=1),
-        "contribution": contributions(model, -1, pattern, v, update[:, None])[:, 0],
-    }
+    maps = patch_maps(model, -1, pattern, v, layout, update[:, None])
     return Measured(
         scalars=scalars,
         depth_cosine={
@@ -98,7 +94,7 @@ def measure(model: ViT, images: Float[Array, "B H W 3"]) -> Measured:
             "after the final norm": cosine(normed_LBD, normed_LBD[-1:]),
         },
         vectors={"full": middle, "skip": skip, **others},
-        maps={name: m[:, layout.prefix :].reshape(-1, *layout.grid) for name, m in maps.items()},
+        maps={name: m[:, 0] for name, m in maps._asdict().items()},
     )
 
 
