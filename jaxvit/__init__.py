@@ -8,7 +8,8 @@ out.cls, out.registers, out.patches, out.trace["pattern"]
 from jaxvit import decompose, grids, similarity
 from jaxvit.checkpoint import CheckpointError, load, read_config, save
 from jaxvit.config import Preprocess, ViTConfig
-from jaxvit.edits import Edit, Relocate, Shuffle, merge
+from jaxvit.decompose import each_layer, over_images
+from jaxvit.edits import Edit, Relocate, Shuffle, merge, one_of
 from jaxvit.grids import Grid
 from jaxvit.images import Batch, ImageError, decode, find_images, prepare, resize, stream
 from jaxvit.interventions import (
@@ -28,6 +29,7 @@ from jaxvit.interventions import (
 )
 from jaxvit.named import NamedArray
 from jaxvit.params import cast, functional
+from jaxvit.registers import Neurons, add_registers, find_register_neurons, test_time_registers
 from jaxvit.sites import SITES, Take
 from jaxvit.statistics import ActivationStats
 from jaxvit.sweeps import attribute, cls_cosine, sweep
@@ -43,6 +45,7 @@ __all__ = [
     "Grid",
     "ImageError",
     "NamedArray",
+    "Neurons",
     "Output",
     "Positions",
     "Preprocess",
@@ -53,19 +56,24 @@ __all__ = [
     "ViT",
     "ViTConfig",
     "ablate",
+    "add_registers",
     "amplify",
     "attribute",
     "cast",
     "cls_cosine",
     "decode",
     "decompose",
+    "each_layer",
     "find_images",
+    "find_register_neurons",
     "freeze_attention",
     "functional",
     "grids",
     "knockout",
     "load",
     "merge",
+    "one_of",
+    "over_images",
     "patch",
     "prepare",
     "read_config",
@@ -80,5 +88,6 @@ __all__ = [
     "steer",
     "stream",
     "sweep",
+    "test_time_registers",
     "zero_attention",
 ]

@@ -1,0 +1,153 @@
+"""More register tokens than a checkpoint was trained with: empty slots, and test-time registers.
+
+Models trained without registers keep what registers would hold in a few patch tokens of enormous norm. Jiang et al.
+2025 (arXiv 2506.08010) find that a few neurons of the MLPs write these outliers, and that moving their activation to an
+appended token moves the outliers there, without any training.
+
+    neurons = find_register_neurons(model, jaxvit.stream(paths, model.config, 8), count=20)
+    wider, edits = test_time_registers(model, neurons)
+    wider(images, edits).patches
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from jaxvit.edits import Relocate
+from jaxvit.images import Batch
+from jaxvit.interventions import SiteEdits, select
+from jaxvit.params import from_params, to_params
+from jaxvit.progress import track
+from jaxvit.sites import Take
+from jaxvit.statistics import images_and_valid
+from jaxvit.vit import ViT
+
+
+def add_registers(model: ViT, count: int = 1, values: ArrayLike = 0.0) -> ViT:
+    """The model with `count` more registers, after those it has.
+
+    Args:
+      values: what they hold when they enter the first block: a number, [D], or [count, D].
+
+    Raises:
+      ValueError: fewer than one, or values of another shape.
+    """
+    if count < 1:
+        raise ValueError(f"cannot add {count} registers")
+    shape = (count, model.config.width)
+    params = to_params(model)
+    try:
+        new = jnp.broadcast_to(jnp.asarray(values, model.cls.dtype), shape)
+    except ValueError:
+        raise ValueError(f"values have shape {list(np.shape(values))}; expected {list(shape)}") from None
+    old = [params["registers"]] if model.config.registers else []
+    config = replace(model.config, registers=model.config.registers + count)
+    return from_params(config, params | {"registers": jnp.concatenate([*old, new])})
+
+
+class Neurons(NamedTuple):
+    """Neurons of the MLPs, the most active at outliers first.
+
+    Attributes:
+      layer, channel: [k] integers, where each is: `mlp_post[layer][..., channel]`.
+      score: [k], mean absolute activation at outlier tokens.
+    """
+
+    layer: np.ndarray
+    channel: np.ndarray
+    score: np.ndarray
+
+
+def find_register_neurons(
+    model: ViT,
+    batches: Iterable[Batch | Array],
+    count: int = 20,
+    *,
+    threshold: float | None = None,
+    outliers_at: int = -1,
+    layers: Iterable[int] | None = None,
+    progress: bool = True,
+) -> Neurons:
+    """The neurons that are most active where patch tokens become outliers (algorithm 1 of Jiang et al. 2025).
+
+    An image's score of a neuron is its mean |mlp_post| over the image's outliers; scores are means over the images that
+    have any. Results do not depend on how images are batched.
+
+    Args:
+      count: how many neurons.
+      threshold: the norm above which a patch is an outlier. None: 3 standard deviations above the mean of the patches
+        of its image.
+      outliers_at: the layer whose output shows them.
+      layers: where to look for neurons; by default all up to `outliers_at`. Outliers arise in few: the earlier the
+        layers, the closer to their cause.
+
+    Raises:
+      ValueError: no image, no outlier, or a layer that is not there.
+    """
+    depth = model.config.depth
+    asked = [outliers_at, *(() if layers is None else (layers := tuple(layers)))]
+    if wrong := [layer for layer in asked if not -depth <= layer < depth]:
+        raise ValueError(f"there is no layer {wrong[0]} in a model of {depth} layers")
+    chosen = sorted({layer % depth for layer in (range(outliers_at % depth + 1) if layers is None else layers)})
+    if not 1 <= count <= len(chosen) * model.config.hidden:
+        raise ValueError(f"cannot choose {count} of {len(chosen) * model.config.hidden} neurons")
+    run = partial(_scores, outliers_at=outliers_at, layers=tuple(chosen))
+    total, n, seen = np.zeros((len(chosen), model.config.hidden)), 0, 0
+    for batch in track(batches, "register neurons", enabled=progress):
+        images, valid = images_and_valid(batch)
+        scores, outliers = jax.device_get(run(model, images, jnp.asarray(valid), threshold))
+        total += scores
+        n, seen = n + int(outliers), seen + int(valid.sum())
+    if not n:
+        limit = "3 standard deviations above their mean" if threshold is None else threshold
+        raise ValueError(f"none of {seen} images has a patch whose norm is above {limit}: lower the threshold")
+    best = np.argsort(-total.ravel(), kind="stable")[:count]
+    row, channel = np.unravel_index(best, total.shape)
+    return Neurons(np.asarray(chosen)[row], channel, total.ravel()[best] / n)
+
+
+@partial(jax.jit, static_argnames=("outliers_at", "layers"))
+def _scores(
+    model: ViT,
+    images: Array,
+    valid_B: Array,
+    threshold: float | Array | None,
+    outliers_at: int,
+    layers: tuple[int, ...],
+) -> tuple[Float[Array, "l F"], Array]:
+    """The sum over images of each neuron's score, and how many images have outliers."""
+    record = {"mlp_post": Take(layers=layers, tokens="all"), "resid_post": Take(layers=outliers_at, tokens="all")}
+    trace = model(images, record=record).trace
+    norms_BN = jnp.linalg.norm(trace["resid_post"][0, :, model.prefix :], axis=-1)
+    if threshold is None:
+        limit_B = norms_BN.mean(1) + 3 * norms_BN.std(1)
+    else:
+        limit_B = jnp.full(len(images), threshold, norms_BN.dtype)
+    outlier_BN = (norms_BN > limit_B[:, None]) & valid_B[:, None]
+    number_B = outlier_BN.sum(1)
+    active = jnp.abs(trace["mlp_post"][:, :, model.prefix :])
+    weight_BN = outlier_BN.astype(active.dtype) / jnp.maximum(number_B, 1).astype(active.dtype)[:, None]
+    scores = jnp.einsum("BN,LBNF->LF", weight_BN, active, precision=jax.lax.Precision.HIGHEST)
+    return scores, (number_B > 0).sum()
+
+
+def test_time_registers(model: ViT, neurons: Neurons, count: int = 1) -> tuple[ViT, SiteEdits]:
+    """The model with `count` empty registers, and the edits that move the neurons' activation there: each new register
+    gets a neuron's largest value over the patches, the patches get 0, and [CLS] and older registers keep theirs.
+    """
+    wider = add_registers(model, count)
+    of_layer = np.zeros((model.config.depth, model.config.hidden), np.float32)
+    of_layer[neurons.layer, neurons.channel] = 1
+    new = [f"register {model.config.registers + i + 1}" for i in range(count)]
+    moved = select(wider, "mlp_post", {"tokens": [*new, "patches"]})
+    to = select(wider, "mlp_post", {"tokens": new})["mask"]
+    return wider, {"mlp_post": Relocate(mask=moved["mask"] * of_layer[:, None, None], to=to[:1])}
