@@ -2,17 +2,20 @@
 
 The originals run the code of timm and transformers. Where a checkpoint's own code is not published as a package (Meta's
 hub layout), timm's own loader for that layout brings it into timm's model.
+
+Their blocks run one at a time, so that never more is held in memory than the values of one layer, and one block in the
+precision that is asked for: at 518 px the values of all layers of a giant take 24 GB in float64.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +30,14 @@ from convert.sources import open_source
 from jaxvit import ViTConfig
 from jaxvit.config import Resampling
 
-Values = Mapping[str, Sequence[np.ndarray] | np.ndarray]
-"""Site -> a value of each layer, in the axes of `jaxvit.SITES`; and `final`, all tokens after the final norm, once."""
+READ = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out") + (
+    "resid_post",
+)
+"""The sites that the libraries compute as well, in order."""
+
+Values = Mapping[str, np.ndarray]
+"""Site -> value in one layer, with the axes of `jaxvit.SITES`. After the last layer come those of `final`: all tokens
+after the final norm."""
 
 Module = Any
 """A torch.nn.Module, whose submodules no type checker can follow."""
@@ -49,13 +58,32 @@ class Original:
     config: ViTConfig
     resampling: Resampling | None = None
 
-    def run(self, images: np.ndarray, dtype: torch.dtype) -> Values:
-        """Every internal value the library computes, for images [B, H, W, 3]."""
-        module = fold_class_position(copy.deepcopy(self.module)).to(dtype).eval()
+    def run(self, images: np.ndarray, dtype: torch.dtype) -> Iterator[Values]:
+        """What the library computes for images [B, H, W, 3]: the values of each layer, and then `final`."""
+        library = TIMM if isinstance(self.module, VisionTransformer) else TRANSFORMERS
+        blocks: Module = self.module.get_submodule(library.blocks)
+        # The library's own forward pass, without blocks in it, goes from the pixels to what enters the first of them.
+        ends = copy.deepcopy(self.module, {id(blocks): type(blocks)()})
+        ends = fold_class_position(ends).to(dtype).eval()
+        norm = ends.get_submodule(library.norm)
+        stream: list[torch.Tensor] = []
+        before = norm.register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0]))
         pixels = torch.tensor(images, dtype=dtype).permute(0, 3, 1, 2).contiguous()
-        reader = read_timm if isinstance(module, VisionTransformer) else read_transformers
         with torch.inference_mode(), interpolation(dtype, self.resampling):
-            return reader(module, pixels)
+            library.forward(ends, pixels)
+        before.remove()
+        x = stream.pop()
+        for block in blocks:
+            block = copy.deepcopy(block).to(dtype).eval()
+            hooks = Hooks()
+            library.watch(block, hooks)
+            with torch.inference_mode():
+                x = block(x)
+            values = [{name: hooks.values[name] for name in READ}]
+            del block, hooks
+            yield values.pop()  # held by nobody but who asked for it
+        with torch.inference_mode():
+            yield {"final": norm(x).numpy()}
 
 
 def original_of(source: Any, resampling: Resampling | None = None, revision: str | None = None) -> Original:
@@ -155,30 +183,34 @@ def build_transformers(config: ViTConfig) -> Module:
     return transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
 
 
-def _timm(layout: Layout, tensors: Tensors, state: dict[str, np.ndarray], config: ViTConfig) -> Module:
-    module = build_timm(config, class_has_position=not config.registers)
-    if layout.name == "dinov2/hub":
-        complete = {name: torch.tensor(np.asarray(tensors[name])) for name in tensors}
-        module.load_state_dict(checkpoint_filter_fn(complete, module), strict=True)
-    else:
-        module.load_state_dict({name: torch.tensor(a) for name, a in state.items()}, strict=True)
+def _timm(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
+    with torch.device("meta"):  # no numbers are drawn: the checkpoint's take all places
+        module = build_timm(config, class_has_position=not config.registers)
+    own = checkpoint_filter_fn(_tensors(tensors), module) if layout.name == "dinov2/hub" else _tensors(state)
+    module.load_state_dict(own, strict=True, assign=True)
     return module
 
 
-def _transformers(layout: Layout, state: dict[str, np.ndarray], config: ViTConfig) -> Module:
-    module = build_transformers(config)
-    mask = {"embeddings.mask_token": np.zeros((1, config.width), np.float32)}  # it must be there; it is not used
+def _transformers(layout: Layout, state: Tensors, config: ViTConfig) -> Module:
+    with torch.device("meta"):
+        module = build_transformers(config)
+    # The mask token must be there; it is not used.
+    state = {"embeddings.mask_token": np.zeros((1, config.width), np.float32), **state}
     if layout.name == "dinov2/transformers in memory":
-        module.load_state_dict({name: torch.tensor(a) for name, a in (mask | state).items()}, strict=True)
+        module.load_state_dict(_tensors(state), strict=True, assign=True)
         return module
     # Published files have names that transformers changes on loading: let it.
     with tempfile.TemporaryDirectory() as folder:
-        save_file({name: np.ascontiguousarray(a) for name, a in (mask | state).items()}, f"{folder}/model.safetensors")
+        save_file({name: np.ascontiguousarray(a) for name, a in state.items()}, f"{folder}/model.safetensors")
         module.config.save_pretrained(folder)
         loaded, info = type(module).from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
     if wrong := {kind: sorted(names) for kind, names in info.items() if names}:
         raise ConversionError(f"transformers does not load this checkpoint in full: {wrong}")
     return loaded
+
+
+def _tensors(state: Tensors) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(np.asarray(state[name], np.float32)) for name in state}
 
 
 @contextmanager
@@ -212,23 +244,19 @@ Read = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
 class Hooks:
-    """Collects values, by site and in order of layers, while a model runs."""
+    """Collects the values of a block while it runs. The block is a copy, and thrown away: nothing is unhooked."""
 
     def __init__(self) -> None:
-        self.values: dict[str, list[np.ndarray]] = {}
-        self.stack = ExitStack()
+        self.values: dict[str, np.ndarray] = {}
 
     def output(self, module: Module, read: Read) -> None:
-        handle = module.register_forward_hook(lambda _, inputs, output: self.add(read(output)))
-        self.stack.callback(handle.remove)
+        module.register_forward_hook(lambda _, inputs, output: self.add(read(output)))
 
     def input(self, module: Module, read: Read) -> None:
-        handle = module.register_forward_pre_hook(lambda _, inputs: self.add(read(inputs[0])))
-        self.stack.callback(handle.remove)
+        module.register_forward_pre_hook(lambda _, inputs: self.add(read(inputs[0])))
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
-        for site, value in values.items():
-            self.values.setdefault(site, []).append(value.detach().numpy())
+        self.values.update({site: value.detach().numpy() for site, value in values.items()})
 
 
 def site(name: str) -> Read:
@@ -240,50 +268,54 @@ def heads(name: str, count: int) -> Read:
     return lambda x: {name: x.unflatten(-1, (count, -1))}
 
 
-def read_timm(module: Module, pixels: torch.Tensor) -> Values:
-    """Values of every block of a timm ViT, and all its tokens after the norm."""
-    hooks = Hooks()
-    with hooks.stack:
-        for block in module.blocks:
-            attn, mlp, count = block.attn, block.mlp, block.attn.num_heads
-            attn.fused_attn = False  # the fused kernel never writes its weights out
-            hooks.input(block, site("resid_pre"))
-            hooks.output(
-                attn.qkv,
-                lambda x, count=count: dict(zip("qkv", x.unflatten(-1, (3, count, -1)).unbind(2), strict=True)),
-            )
-            hooks.input(attn.attn_drop, site("pattern"))
-            hooks.input(attn.proj, heads("z", count))
-            hooks.output(block.ls1, site("attn_out"))
-            hooks.input(block.norm2, site("resid_mid"))
-            gated = isinstance(mlp, GluMlp)
-            hooks.output(mlp.fc1, lambda x, gated=gated: {"mlp_pre": x.chunk(2, -1)[0] if gated else x})
-            hooks.input(mlp.fc2, site("mlp_post"))
-            hooks.output(block.ls2, site("mlp_out"))
-            hooks.output(block, site("resid_post"))
-        hooks.output(module.norm, site("final"))
-        module.forward_features(pixels)
-    return dict(hooks.values)
+def watch_timm(block: Module, hooks: Hooks) -> None:
+    """The values of a block of a timm ViT."""
+    attn, mlp, count = block.attn, block.mlp, block.attn.num_heads
+    attn.fused_attn = False  # the fused kernel never writes its weights out
+    hooks.input(block, site("resid_pre"))
+    hooks.output(attn.qkv, lambda x: dict(zip("qkv", x.unflatten(-1, (3, count, -1)).unbind(2), strict=True)))
+    hooks.input(attn.attn_drop, site("pattern"))
+    hooks.input(attn.proj, heads("z", count))
+    hooks.output(block.ls1, site("attn_out"))
+    hooks.input(block.norm2, site("resid_mid"))
+    gated = isinstance(mlp, GluMlp)
+    hooks.output(mlp.fc1, lambda x: {"mlp_pre": x.chunk(2, -1)[0] if gated else x})
+    hooks.input(mlp.fc2, site("mlp_post"))
+    hooks.output(block.ls2, site("mlp_out"))
+    hooks.output(block, site("resid_post"))
 
 
-def read_transformers(module: Module, pixels: torch.Tensor) -> Values:
-    """Values of every layer of transformers' DINOv2, with or without registers, and all tokens after the norm."""
-    hooks = Hooks()
-    with hooks.stack:
-        for block in module.encoder.layer:
-            attn, mlp, count = block.attention, block.mlp, block.attention.num_attention_heads
-            hooks.input(block, site("resid_pre"))
-            for name in "qkv":
-                hooks.output(getattr(attn, f"{name}_proj"), heads(name, count))
-            hooks.output(attn, lambda outputs: {"pattern": outputs[1]})
-            hooks.input(attn.o_proj, heads("z", count))
-            hooks.output(block.layer_scale1, site("attn_out"))
-            hooks.input(block.norm2, site("resid_mid"))
-            gated = hasattr(mlp, "gate_proj")
-            hooks.output(mlp.gate_proj if gated else mlp.fc1, site("mlp_pre"))
-            hooks.input(mlp.down_proj if gated else mlp.fc2, site("mlp_post"))
-            hooks.output(block.layer_scale2, site("mlp_out"))
-            hooks.output(block, site("resid_post"))
-        hooks.output(module.layernorm, site("final"))
-        module(pixels)
-    return dict(hooks.values)
+def watch_transformers(block: Module, hooks: Hooks) -> None:
+    """The values of a layer of transformers' DINOv2, with or without registers."""
+    attn, mlp, count = block.attention, block.mlp, block.attention.num_attention_heads
+    hooks.input(block, site("resid_pre"))
+    for name in "qkv":
+        hooks.output(getattr(attn, f"{name}_proj"), heads(name, count))
+    hooks.output(attn, lambda outputs: {"pattern": outputs[1]})
+    hooks.input(attn.o_proj, heads("z", count))
+    hooks.output(block.layer_scale1, site("attn_out"))
+    hooks.input(block.norm2, site("resid_mid"))
+    gated = hasattr(mlp, "gate_proj")
+    hooks.output(mlp.gate_proj if gated else mlp.fc1, site("mlp_pre"))
+    hooks.input(mlp.down_proj if gated else mlp.fc2, site("mlp_post"))
+    hooks.output(block.layer_scale2, site("mlp_out"))
+    hooks.output(block, site("resid_post"))
+
+
+class Library(NamedTuple):
+    """How a library's models are taken apart.
+
+    Attributes:
+      blocks, norm: where they have their blocks, and the norm after them.
+      forward: from pixels to tokens after the norm.
+      watch: hooks on a block.
+    """
+
+    blocks: str
+    norm: str
+    forward: Callable[[Module, torch.Tensor], Any]
+    watch: Callable[[Module, Hooks], None]
+
+
+TIMM = Library("blocks", "norm", lambda module, pixels: module.forward_features(pixels), watch_timm)
+TRANSFORMERS = Library("encoder.layer", "layernorm", lambda module, pixels: module(pixels), watch_transformers)

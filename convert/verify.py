@@ -17,9 +17,12 @@ measured too, and reported without a limit.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,10 +35,11 @@ import torch
 import jaxvit
 from convert import versions
 from convert.engine import ConversionError
-from convert.originals import Original, Values, original_of
+from convert.originals import READ, Original, Values, original_of
 from convert.sources import sha256
 from jaxvit import SITES, Output, Take, ViT, ViTConfig
 from jaxvit.checkpoint import PARITY, WEIGHTS, replacing_file
+from jaxvit.params import from_params, to_params
 
 FLOAT64_LIMIT = 1e-10
 FLOAT32_LIMIT = 2.0
@@ -98,50 +102,130 @@ def worst(errors: Mapping[str, Sequence[float]], sites: Iterable[str]) -> float:
 
 def compare(model: ViT, original: Original, images: np.ndarray, defaults: bool = True) -> Comparison:
     """Runs both sides on images [B, H, W, 3], in both precisions; `defaults` is whether to measure that as well."""
+    return compare_all(model, [original], images, defaults)[0]
+
+
+def compare_all(
+    model: ViT, originals: Sequence[Original], images: np.ndarray, defaults: bool = True
+) -> list[Comparison]:
+    """The same with several originals that have the same weights; jaxvit runs once for all of them."""
     # Both precisions read the same numbers: those that float32 can hold.
     images = images.astype(np.float32)
-    reference = original.run(images, torch.float64)
-    with jax.enable_x64(True):
-        float64 = errors(run(jaxvit.cast(model, "float64"), images, reference), reference)
-    theirs = errors(original.run(images, torch.float32), reference)
-    model = jaxvit.cast(model, "float32")
-    ours = errors(run(model, images, reference), reference)
-    by_default = errors(run(model, images, reference, precise=False), reference) if defaults else {}
-    return Comparison(float64, ours, theirs, by_default)
+    ours = {"float64": run(model, images, "float64"), "float32": run(model, images, "float32")}
+    if defaults:
+        ours["float32_defaults"] = run(model, images, "float32", precise=False)
+    theirs = [(original.run(images, torch.float64), original.run(images, torch.float32)) for original in originals]
+    comparisons = [Comparison({}, {}, {}, {}) for _ in originals]
+
+    def layer() -> None:
+        """All sides go one layer further. What a layer's values take is free again when these functions return."""
+        values = {name: next(layers) for name, layers in ours.items()}
+        for comparison, (float64, float32) in zip(comparisons, theirs, strict=True):
+            one(comparison, values, float64, float32)
+
+    def one(comparison: Comparison, values: dict[str, Values], float64: Iterator[Values], float32: Iterator[Values]):
+        reference = next(float64)
+        for name, value in values.items():
+            add_errors(getattr(comparison, name), value, reference)
+        add_errors(comparison.float32_original, next(float32), reference)
+
+    for _ in range(model.config.depth + 1):
+        layer()
+    return comparisons
 
 
-def run(model: ViT, images: np.ndarray, sites: Iterable[str], precise: bool = True) -> Values:
-    """jaxvit's values at these sites, all tokens and all query rows; and `final`, as originals name it.
+TRACE_BYTES = 2**29
+"""About how much jaxvit records at a time."""
+
+
+def run(model: ViT, images: np.ndarray, dtype: str, precise: bool = True) -> Iterator[Values]:
+    """jaxvit's values at the sites that originals have, all tokens and all query rows: layer by layer, then `final`.
+
+    It is the model's own scan over its blocks: over all of them where what it records is small, and otherwise over as
+    many at a time as TRACE_BYTES allows, each scan on the stream that the last one left.
 
     Args:
       precise: matrix products at the highest precision the backend has, not at its default.
     """
     options = PRECISE_ON_CPU if precise and jax.default_backend() == "cpu" else {}
-    forward = compiled_by(tuple(site for site in sites if site in SITES), tuple(options.items()))
-    with jax.default_matmul_precision("highest" if precise else None):
-        out = forward(model, jnp.asarray(images, model.cls.dtype))
-    final = jnp.concatenate([out.cls[:, None], out.registers, out.patches], axis=1)
-    return {site: np.asarray(value) for site, value in {**out.trace, "final": final[None]}.items()}
+    embed, forward = compiled_by(tuple(options.items()))
+    config = model.config
+    layers = layers_at_a_time(config, images, dtype)
+    with arithmetic(dtype, precise):
+        stream = embed(share(model, 0, replace(config, depth=1), dtype), jnp.asarray(images, dtype))
+    # Blocks do not resample positions: models that differ in the rule alone run the same program.
+    config = replace(config, depth=layers, resampling="bicubic")
+    for start in range(0, model.config.depth, layers):
+        with arithmetic(dtype, precise):
+            out = forward(share(model, start, config, dtype), stream)
+            trace = {site: np.asarray(value) for site, value in out.trace.items()}
+            stream = out.tokens
+        values = [{site: value[layer] for site, value in trace.items()} for layer in range(layers)]
+        if start + layers == model.config.depth:
+            values.append({"final": np.concatenate([out.cls[:, None], out.registers, out.patches], axis=1)})
+        del out, trace
+        while values:
+            yield values.pop(0)  # held by nobody but who asked for it
+
+
+@contextmanager
+def arithmetic(dtype: str, precise: bool) -> Iterator[None]:
+    """Within it, JAX knows the type, and multiplies matrices as precisely as the backend can, or by default."""
+    with ExitStack() as stack:
+        if dtype == "float64":
+            stack.enter_context(jax.enable_x64(True))
+        stack.enter_context(jax.default_matmul_precision("highest" if precise else None))
+        yield
+
+
+def share(model: ViT, start: int, config: ViTConfig, dtype: str) -> ViT:
+    """A model of `config.depth` of the model's blocks, from block `start`; only these are cast."""
+    stop = start + config.depth
+    params = {
+        name: np.asarray(a)[start:stop] if name.startswith("blocks.") else a for name, a in to_params(model).items()
+    }
+    return jaxvit.cast(from_params(config, params), dtype)
+
+
+def layers_at_a_time(config: ViTConfig, images: np.ndarray, dtype: str) -> int:
+    """How many layers one scan records: equal shares of all, as large as TRACE_BYTES allows, of at least one."""
+    tokens = config.layout(*images.shape[1:3]).tokens
+    axes = {"B": len(images), "T": tokens, "Q": tokens, "D": config.width, "H": config.heads, "d": config.head_size}
+    axes["F"] = config.hidden
+    numbers = sum(math.prod(axes[axis] for axis in SITES[site].split()) for site in READ)
+    allowed = TRACE_BYTES // (numbers * np.dtype(dtype).itemsize)
+    return max(n for n in range(1, config.depth + 1) if config.depth % n == 0 and n <= max(allowed, 1))
 
 
 @cache
-def compiled_by(sites: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> Callable[[ViT, jax.Array], Output]:
-    """The recording forward pass; kept, so that models of the same sizes compile once."""
-    record = {site: Take(tokens="all") for site in sites}
-    return jax.jit(lambda model, images: model(images, record=record), compiler_options=dict(options))
+def compiled_by(options: tuple[tuple[str, Any], ...]) -> tuple[Callable[..., jax.Array], Callable[..., Output]]:
+    """What enters the blocks, and what they do with it; kept, so that models of the same sizes compile once."""
+    record = {site: Take(tokens="all") for site in READ}
+    embed = jax.jit(lambda model, images: model.embed(images), compiler_options=dict(options))
+    forward = jax.jit(lambda model, x: model.run_from(0, x, record=record), compiler_options=dict(options))
+    return embed, forward
 
 
-def errors(values: Values, reference: Values) -> dict[str, list[float]]:
-    """max |difference| / max |reference|, site -> [per layer]."""
+def add_errors(measured: dict[str, list[float]], values: Values, reference: Values) -> None:
+    """Appends max |difference| / max |reference| of each site."""
+    if values.keys() != reference.keys():
+        raise ValueError(f"sites differ: {sorted(values)} and {sorted(reference)}")
+    for site, y in reference.items():
+        measured.setdefault(site, []).append(error(values[site], y))
 
-    def error(x: np.ndarray, y: np.ndarray) -> float:
-        if x.shape != y.shape:
-            raise ValueError(f"shapes differ: {x.shape} and {y.shape}")
-        return float(np.abs(x - y).max() / np.abs(y).max())
 
-    return {
-        site: [error(x, y) for x, y in zip(values[site], layers, strict=True)] for site, layers in reference.items()
-    }
+def error(x: np.ndarray, y: np.ndarray) -> float:
+    """max |x - y| / max |y|; NaN if there is one, which NumPy's max and min keep."""
+    if x.shape != y.shape:
+        raise ValueError(f"shapes differ: {x.shape} and {y.shape}")
+    x, y = x.reshape(-1), y.reshape(-1)
+    piece = 2**16  # small enough for a core's cache: differences of all at once would take as much memory as x
+    extremes = []
+    for i in range(0, len(y), piece):
+        difference, value = x[i : i + piece] - y[i : i + piece], y[i : i + piece]
+        extremes.append((difference.max(), -difference.min(), value.max(), -value.min()))
+    largest = np.max(extremes, axis=0)
+    return float(np.max(largest[:2]) / np.max(largest[2:]))
 
 
 def default_sizes(model: ViT) -> list[Size]:

@@ -1,9 +1,12 @@
 """Parity with PyTorch, by the standard of `convert.verify`: every value both sides have, every layer, three sizes.
 
-Random weights of the full width; small and base at full depth. Real weights on photographs are at the end.
+Random weights of the full width; small at full depth, base too at one size. `python -m benchmarks parity` compares base
+at full depth at every size. Real weights on photographs are further down.
 """
 
+import ctypes
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -15,25 +18,26 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
-from layouts import hub_state, numbers
+from layouts import WRITERS, numbers
 
 import convert
 import convert.verify as verify
 import jaxvit
 from benchmarks.originals import random_original
-from benchmarks.parity import CASES
 from convert.engine import convert_tensors, locate
 from convert.originals import interpolation, original_of
-from convert.verify import FLOAT32_SITES, Size, compare, default_sizes, random_images
+from convert.verify import FLOAT32_SITES, Size, compare, compare_all, default_sizes, layers_at_a_time, random_images
 from experiments import embedded
 from jaxvit import ViTConfig
-from jaxvit.params import to_params
+from jaxvit.params import abstract, from_params, to_params
 
 DATA = Path(__file__).parents[1] / ".data"
 CONFIGS = {
     f"{size}{'-registers' if registers else ''}": ViTConfig.dinov2(size, registers, depth=depth)
-    for size, depth in CASES.items()
-    for registers in (0, 4)
+    for size, registers, depth in (
+        *(("small", 0, 4), ("small", 4, 12)),  # the real weights, at full depth too, have no registers
+        *((size, registers, 2) for size in ("base", "large", "giant") for registers in (0, 4)),
+    )
 }
 SITES_BOTH_HAVE = {"resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid"} | {
     "mlp_pre", "mlp_post", "mlp_out", "resid_post", "final"
@@ -46,43 +50,91 @@ def optimised(monkeypatch):
     monkeypatch.setitem(verify.PRECISE_ON_CPU, "xla_backend_optimization_level", 3)
 
 
-def check(model, original, images):
-    comparison = compare(model, original, images, defaults=False)
-    assert set(comparison.float64) == SITES_BOTH_HAVE
+@pytest.fixture(autouse=True)
+def tidy():
+    """glibc keeps what was freed in pieces of up to 32 MB, which after one of these tests is gigabytes."""
+    yield
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
+def check(model, originals, images):
     depth = model.config.depth
-    assert all(len(layers) == (1 if site == "final" else depth) for site, layers in comparison.float64.items())
-    for site, layers in comparison.float64.items():
-        assert max(layers) <= 1e-10, (site, layers)
-    for site in FLOAT32_SITES:
-        assert max(comparison.ratios()[site]) <= 2, (site, comparison.ratios()[site])
+    for comparison in compare_all(model, originals, images, defaults=False):
+        assert set(comparison.float64) == SITES_BOTH_HAVE
+        assert all(len(layers) == (1 if site == "final" else depth) for site, layers in comparison.float64.items())
+        for site, layers in comparison.float64.items():
+            assert max(layers) <= 1e-10, (site, layers)
+        for site in FLOAT32_SITES:
+            assert max(comparison.ratios()[site]) <= 2, (site, comparison.ratios()[site])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("library", ["timm", "transformers"])
-def test_random_weights(name, library):
-    config = CONFIGS[name]
-    module = random_original(config, library)
-    model, original = convert.load(module), original_of(module)
-    assert model.config.depth == config.depth and model.config.registers == config.registers
-    sizes = default_sizes(model)
-    assert len({size.height != size.width for size in sizes}) == 2 and sizes[0] == Size(518, 518)
-    for size in sizes:
-        check(model, original, random_images(model, size))
+SIZES = Size(518, 518), Size(168, 168), Size(126, 224)
+"""The native one, and two of as many tokens, which run the same program."""
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_hub_files(name, tmp_path):
-    """Files in the layout of Meta's hub, read by timm's own loader, positions resampled as Meta's code does.
+def noise(model, size):
+    """Wide models have many numbers in few tokens."""
+    return random_images(model, size, tokens=500 * 384 // model.config.width)
 
-    What differs from timm's files, names and positions, shows in two blocks.
+
+def weights(config):
+    """Random ones, under the names of `layouts.numbers`.
+
+    Matrices are so large that attention is neither uniform nor one-hot: were it close to one-hot, the largest float32
+    error of a layer would be that of a handful of weights, and its quotient with the original's a matter of luck.
     """
-    config = replace(CONFIGS[name], depth=2)
-    state = {key: torch.tensor(value) for key, value in hub_state(config, numbers(config, seed=2)).items()}
-    torch.save(state, tmp_path / "pretrain.pth")
-    model, original = convert.load(tmp_path / "pretrain.pth"), original_of(tmp_path / "pretrain.pth")
-    assert model.config.resampling == ("bicubic_antialias" if config.registers else "bicubic_offset")
-    for size in default_sizes(model):
-        check(model, original, random_images(model, size))
+    return {name: 3 * array if array.ndim == 2 else array for name, array in numbers(config, seed=2).items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_random_weights(name):
+    """The same weights in all three layouts of files: timm's, transformers', and that of Meta's hub.
+
+    The last is read by timm's own loader, and its positions resampled as Meta's code does.
+    """
+    config, n = CONFIGS[name], weights(CONFIGS[name])
+    originals, rules, params = {}, {}, None
+    for layout, write in WRITERS.items():
+        state = write(config, n)
+        model, originals[layout] = convert.load(state), original_of(state)
+        rules[layout] = model.config.resampling
+        assert replace(model.config, resampling=config.resampling) == config
+        params = params or to_params(model)
+        assert all(np.array_equal(array, params[name]) for name, array in to_params(model).items())
+    antialias, bicubic, offset = "bicubic_antialias", "bicubic", "bicubic_offset"
+    assert [*rules.values()] == ([antialias] * 3 if config.registers else [offset, antialias, bicubic])
+    del n, state, model
+
+    native, *others = SIZES
+    for rule in set(rules.values()):
+        model = from_params(replace(config, resampling=rule), params)
+        same = [original for layout, original in originals.items() if rules[layout] == rule]
+        for size in others:
+            check(model, same, noise(model, size))
+    # Where nothing is resampled, the three are one model; and what timm makes of the hub's file is what it makes of its
+    # own, to the last bit.
+    assert native == default_sizes(model)[0]
+    ours, hub = (originals[f"dinov2/{layout}"].module.state_dict() for layout in ("timm", "hub"))
+    assert ours.keys() == hub.keys() and all(torch.equal(ours[name], hub[name]) for name in ours)
+    del originals["dinov2/hub"], hub, same
+    check(model, [*originals.values()], noise(model, native))
+
+
+def test_full_depth():
+    """Of base; all blocks in one scan."""
+    config = ViTConfig.dinov2("base", 4)
+    n = weights(config)
+    states = [WRITERS[layout](config, n) for layout in ("dinov2/timm", "dinov2/transformers")]
+    model, images = convert.load(states[0]), noise(convert.load(states[0]), SIZES[2])
+    assert layers_at_a_time(model.config, images, "float64") == model.config.depth == 12
+    check(model, [original_of(state) for state in states], images)
+
+
+@pytest.mark.parametrize(("grid", "sizes"), [((37, 37), "518x518 210x210 182x266"), ((2, 3), "28x42 14x14 14x28")])
+def test_default_sizes(grid, sizes):
+    """The size positions were learned for, a smaller one, and one of another shape."""
+    assert " ".join(map(str, default_sizes(abstract(ViTConfig.dinov2("small", grid=grid))))) == sizes
 
 
 def test_resampling_rules_differ():
@@ -112,28 +164,84 @@ def real():
     return convert.load(source), original_of(source), photographs
 
 
-@pytest.mark.parametrize("size", [224, 518])
-def test_real_weights_on_photographs(real, size):
+@pytest.mark.parametrize(("size", "count"), [(224, 2), (518, 1)])
+def test_real_weights_on_photographs(real, size, count):
     model, original, photographs = real
-    check(model, original, np.asarray(jaxvit.prepare(photographs[:2], model.config, size)))
+    check(model, [original], np.asarray(jaxvit.prepare(photographs[:count], model.config, size)))
 
 
 def test_real_weights_on_a_photograph_that_is_not_square(real):
     model, original, photographs = real
     image = np.asarray(jaxvit.prepare(photographs[4], model.config))
-    check(model, original, image[:, :154])
+    check(model, [original], image[:, :154])
 
 
-SMALL = dict(depth=2, grid=(4, 4), width=128, heads=2, hidden=344)
+@pytest.fixture(params=["gelu", "swiglu"])
+def mlp(request):
+    return request.param
 
 
-@pytest.mark.parametrize("library", ["timm", "transformers"])
-@pytest.mark.parametrize("registers", [0, 4])
-@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+@pytest.fixture(params=[0, 4])
+def registers(request):
+    return request.param
+
+
+@pytest.fixture(params=["timm", "transformers"])
+def library(request):
+    return request.param
+
+
+def small(mlp, registers, depth=2):
+    hidden = 344 if mlp == "swiglu" else 512
+    return ViTConfig(depth=depth, grid=(4, 4), width=128, heads=2, hidden=hidden, mlp=mlp, registers=registers)
+
+
+@pytest.mark.parametrize("shape", [(2, 56, 56, 3), (2, 28, 70, 3)], ids=["native", "resampled"])
+def test_originals_run_as_in_their_library(library, registers, mlp, shape):
+    """Block after block gives what the library's own forward pass gives, to the last bit."""
+    module = random_original(small(mlp, registers, depth=3), library)
+    images = np.random.default_rng(0).normal(size=shape)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    *layers, last = original_of(module).run(images, torch.float32)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert len(layers) == 3 and last.keys() == {"final"}
+    for layer, following in pairwise(layers):
+        np.testing.assert_array_equal(layer["resid_post"], following["resid_pre"])
+
+    pixels = torch.tensor(images, dtype=torch.float32).permute(0, 3, 1, 2).contiguous()
+    with torch.inference_mode():
+        if library == "timm":
+            for block in module.blocks:
+                block.attn.fused_attn = False
+            whole = module.forward_features(pixels)
+        else:
+            whole = module(pixels).last_hidden_state
+    np.testing.assert_array_equal(last["final"], whole.numpy())
+
+
+def test_scans_over_some_of_the_blocks(monkeypatch):
+    """What several scans record is what one over all blocks records."""
+    model = convert.load(random_original(small("gelu", 4, depth=6), "timm"))
+    images = np.random.default_rng(0).normal(size=(2, 56, 42, 3))
+    one_layer = 8 * 2 * (2 * 17**2 + 17 * (9 * 128 + 2 * 512))
+    for allowed, layers in ((0, 1), (one_layer, 1), (4 * one_layer, 3), (6 * one_layer, 6), (2 * one_layer, 2)):
+        monkeypatch.setattr(verify, "TRACE_BYTES", allowed)
+        assert layers_at_a_time(model.config, images, "float64") == layers
+    *layers, last = verify.run(model, images, "float64")
+    with jax.enable_x64(True):
+        out = jax.jit(lambda model, images: model(images, record=("resid_post", "mlp_post")))(
+            jaxvit.cast(model, "float64"), jnp.asarray(images)
+        )
+    assert len(layers) == 6 and last.keys() == {"final"}
+    for site, value in out.trace.items():
+        np.testing.assert_allclose(np.stack([layer[site] for layer in layers]), value, rtol=0, atol=1e-13)
+    final = np.concatenate([out.cls[:, None], out.registers, out.patches], axis=1)
+    np.testing.assert_allclose(last["final"], final, rtol=0, atol=1e-13)
+
+
 def test_gradients(library, registers, mlp):
     """In float64, with respect to the images and to every parameter."""
-    hidden = 344 if mlp == "swiglu" else 512
-    config = ViTConfig(**(SMALL | dict(hidden=hidden)), mlp=mlp, registers=registers)
+    config = small(mlp, registers)
     module = random_original(config, library).double()
     rng = np.random.default_rng(4)
     images = rng.normal(size=(2, 56, 56, 3))
