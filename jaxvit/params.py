@@ -19,10 +19,14 @@ Params = dict[str, Any]
 """Dotted parameter name -> array. Those of the blocks have a leading axis L: `blocks.attn.qkv.kernel` is [L, D, 3D]."""
 
 
-@lru_cache(maxsize=32)
 def abstract(config: ViTConfig) -> ViT:
     """A model of shapes and dtypes alone, which takes no memory: what `config` expects of its parameters."""
-    return jax.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))
+    return _abstract(config, enabled(np.float64))
+
+
+@lru_cache(maxsize=32)
+def _abstract(config: ViTConfig, wide: bool) -> ViT:
+    return jax.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))  # in float64 where that is enabled
 
 
 def to_params(model: ViT) -> Params:

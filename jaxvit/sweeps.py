@@ -45,7 +45,7 @@ def sweep(
     grid: Grid,
     metric: Metric = cls_cosine,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     record_clean: Record = (),
     record: Record = (),
     progress: bool = True,
@@ -64,8 +64,8 @@ def sweep(
         arrays may.
       metric: `metric(out, clean)`, [B] or [B, ..] numbers about each image; or several by name, which become an axis
         `metric`.
-      batch_size: points that run at once. More is faster on an accelerator; memory grows with it, and not with the
-        number of points.
+      batch_size: points that run at once; memory grows with it, and not with the number of points. None: as many as
+        make 64 images, or 2 on a CPU, where more only leave the caches.
       record_clean: what `clean.trace` holds; all of `resid_pre` is always there.
       record: what `out.trace` holds. Runs that record start at the first layer.
 
@@ -76,25 +76,26 @@ def sweep(
     Raises:
       ValueError: no images, a metric that is not about each image, or an axis of the grid called `image` or `metric`.
     """
-    batch_size = _chunk(batch_size, grid)
     takes = _static({**as_takes(record_clean), "resid_pre": Take()})
-    points, results, labels = _filled(grid.points, batch_size), [], []
-    programs = _Programs.of(make_edits, metric, record, batch_size)
+    _check(batch_size, grid)
+    programs, results, labels = _Programs.of(make_edits, metric, record), [], []
     batches = batches_of(images)
     known = length(batches)
     with bar(f"{len(grid)} points", None if known is None else len(grid) * known, progress) as advance:
         for each in batches:
             batch, valid = images_and_valid(each)
             clean = _clean_run(model, batch, takes)
+            chunk = min(batch_size or _points_at_once(len(batch)), len(grid))
+            points = _filled(grid.points, chunk)
             first = np.asarray(programs.first_layer(model, clean, points))
             order = np.argsort(first, kind="stable")
             found: list[Any] = []
-            for begin in range(0, len(grid), batch_size):
-                chosen = order[begin : begin + batch_size]
+            for begin in range(0, len(grid), chunk):
+                chosen = order[begin : begin + chunk]
                 start = 0 if record else min(int(first[chosen].min()), model.config.depth - 1)
                 at = {axis: numbers[chosen] for axis, numbers in points.items()}
                 found.append(jax.device_get(programs.run(model, batch, clean, at, np.int32(start))))
-                advance(min(batch_size, len(grid) - begin))
+                advance(min(chunk, len(grid) - begin))
             whole = jax.tree.map(lambda *a: np.concatenate(a), *found)
             back = np.argsort(order)[: len(grid)]
             results.append(jax.tree.map(lambda a, back=back, valid=valid: a[back][:, valid], whole))
@@ -125,13 +126,13 @@ class _Programs(NamedTuple):
     run: Callable[..., Any]
 
     @classmethod
-    def of(cls, make_edits: MakeEdits, metric: Metric, record: Record, batch_size: int) -> _Programs:
+    def of(cls, make_edits: MakeEdits, metric: Metric, record: Record) -> _Programs:
         @jax.jit
         def first_layers(model, clean, points):
             def one(point):
                 return first_edited(listed(make_edits(point, clean)), model.config.depth)
 
-            return jax.lax.map(one, points, batch_size=batch_size)
+            return jax.lax.map(one, points)
 
         @jax.jit
         def run(model, images, clean, points, start):
@@ -185,7 +186,8 @@ def attribute(
 
     Args, returns and raises: as of `sweep`; the metric gives one number an image.
     """
-    batch_size = _chunk(batch_size, grid)
+    _check(batch_size, grid)
+    batch_size = min(batch_size, len(grid))
     points, results, labels = _filled(grid.points, batch_size), [], []
     depth = model.config.depth
 
@@ -244,13 +246,16 @@ def attribute(
     return _named(grid, np.concatenate(results, axis=1), labels, metric, "estimated change of ")
 
 
-def _chunk(batch_size: int, grid: Grid) -> int:
-    """How many points run at once."""
-    if batch_size < 1:
+def _check(batch_size: int | None, grid: Grid) -> None:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected the number of points that run at once, 1 or more")
     if taken := {"image", "metric"} & set(grid.axes):
         raise ValueError(f"the result has an axis {taken.pop()!r} of its own: call the grid's axis something else")
-    return min(batch_size, len(grid))
+
+
+def _points_at_once(images: int) -> int:
+    """How many points of so many images a backend runs at once to advantage; see benchmarks."""
+    return max(1, (2 if jax.default_backend() == "cpu" else 64) // max(images, 1))
 
 
 def _filled(points: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
