@@ -1,0 +1,74 @@
+"""The study in docs/ is what its page shows, gives what single runs give, and runs on the real model."""
+
+import importlib.util
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, random_images, random_model
+
+import jaxvit
+from jaxvit import ActivationStats, ViTConfig, ablate, replace_by_mean
+from jaxvit.params import from_params, to_params
+
+pytest.importorskip("onnx")
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("which_registers", DOCS / "which_registers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_shows_the_script():
+    script = (DOCS / "which_registers.py").read_text().split("# study\n")[1]
+    (shown,) = re.findall(r"```python\n(.*?)```", (DOCS / "which-registers.md").read_text(), re.DOTALL)
+    assert shown.strip() == script.strip()
+    assert len([line for line in script.splitlines() if line.strip()]) < 20
+    assert (DOCS / "which-registers.png").stat().st_size > 5_000
+
+
+def test_points_are_what_single_runs_give(study):
+    model = random_model(ViTConfig(**TINY, registers=3))
+    images = random_images(0, 3, 20)
+    effect = study.which_registers(model, images)
+    assert list(effect.axes) == ["control", "register", "layer", "image"] and effect.values.shape == (4, 3, 3, 3)
+    stats = ActivationStats.collect(model, [images], "resid_pre", progress=False)
+    clean = model(images, record="resid_pre")
+    for layer in range(3):
+        where = dict(layers=layer, tokens="register 2")
+        for control, edits in {
+            "zero": ablate(model, "resid_pre", **where),
+            "mean": replace_by_mean(model, "resid_pre", stats, **where),
+        }.items():
+            expected = jaxvit.cls_cosine(model(images, edits), clean)
+            found = effect.select(control=control, register="register 2", layer=layer).values
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    # Registers enter the first block alike in all images: there, only zero is another value.
+    first = effect.select(layer=0)
+    for control in ("mean", "noise", "shuffle"):
+        np.testing.assert_allclose(first.select(control=control).values, 1, atol=1e-5)
+    assert (first.select(control="zero").values < 1 - 1e-4).all()
+    assert effect.select(layer=2, control="noise").values.min() < 1 - 1e-6
+
+
+def test_the_real_model_runs(study, tmp_path, monkeypatch, capsys):
+    """Its first two blocks, with four appended registers; and the picture is drawn."""
+    monkeypatch.chdir(DOCS.parent)
+    whole = study.real_model()
+    assert whole.config.registers == 4 and float(jnp.abs(whole.registers[...]).max()) > 0
+    two = {name: a[:2] if name.startswith("blocks.") else a for name, a in to_params(whole).items()}
+    monkeypatch.setattr(study, "real_model", lambda: from_params(replace(whole.config, depth=2), two))
+    study.main(False, tmp_path / "out" / "map.png", 2)
+    printed = capsys.readouterr().out
+    cosines = dict(re.findall(r"(\w+) +mean cosine (-?\d\.\d+)", printed))
+    assert list(cosines) == ["zero", "mean", "noise", "shuffle"]
+    assert all(0.5 < float(value) <= 1 for value in cosines.values()) and float(cosines["zero"]) < 1
+    assert (tmp_path / "out" / "map.png").stat().st_size > 5_000
