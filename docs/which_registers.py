@@ -67,7 +67,7 @@ def real_model() -> ViT:
     return add_registers(model, 4, model.positions[...].std() * noise)
 
 
-def main(random: bool, out: Path, count: int) -> None:
+def main(random: bool, out: Path, count: int) -> NamedArray:
     model = ViT(ViTConfig.dinov2("small", 4), rngs=nnx.Rngs(0)) if random else real_model()
     paths = jaxvit.find_images(embedded.photographs())[:: 136 // count][:count]
     effect = which_registers(model, jaxvit.prepare(paths, model.config)).mean("image")
@@ -76,6 +76,7 @@ def main(random: bool, out: Path, count: int) -> None:
     for control in effect.axes["control"]:
         print(f"{control:8} mean cosine {effect.select(control=control).mean().values:.4f}")
     print(f"the heat map is in {out}")
+    return effect
 
 
 if __name__ == "__main__":
