@@ -36,7 +36,7 @@ CONFIGS = {
     f"{size}{'-registers' if registers else ''}": ViTConfig.dinov2(size, registers, depth=depth)
     for size, registers, depth in (
         *(("small", 0, 4), ("small", 4, 12)),  # the real weights, at full depth too, have no registers
-        *((size, registers, 2) for size in ("base", "large", "giant") for registers in (0, 4)),
+        *((size, registers, 2 if registers else 1) for size in ("base", "large", "giant") for registers in (0, 4)),
     )
 }
 SITES_BOTH_HAVE = {"resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid"} | {
