@@ -6,7 +6,7 @@ out.cls, out.registers, out.patches, out.trace["pattern"]
 """
 
 from jaxvit import decompose, grids, similarity
-from jaxvit.checkpoint import CheckpointError, load, read_config, save
+from jaxvit.checkpoint import CheckpointError, describe, load, read_config, save
 from jaxvit.config import Preprocess, ViTConfig
 from jaxvit.decompose import each_layer, over_images
 from jaxvit.edits import Edit, Relocate, Shuffle, merge, one_of
@@ -63,6 +63,7 @@ __all__ = [
     "cls_cosine",
     "decode",
     "decompose",
+    "describe",
     "each_layer",
     "find_images",
     "find_register_neurons",

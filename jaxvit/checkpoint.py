@@ -3,26 +3,52 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jaxvit.config import ViTConfig
+from jaxvit.description import in_words, of_parity, origin
 from jaxvit.params import abstract, enabled, from_params, to_params
 from jaxvit.vit import ViT
 
 WEIGHTS, CONFIG, PARITY = "model.safetensors", "config.json", "parity.json"
-FORMAT = 1
+FORMAT = 2
+
+TYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(bool),
+    "C64": np.dtype(np.complex64),
+}
+"""safetensors' names of types, and NumPy's."""
+CODES = {dtype: code for code, dtype in TYPES.items()}
+
+Put = Callable[[str, int, np.ndarray], None]
+"""`put(name, start, values)` sets the numbers of a tensor from its `start`th on, its last axis running fastest."""
 
 
 class CheckpointError(ValueError):
@@ -43,6 +69,35 @@ def save(
     Raises:
       CheckpointError: the folder exists, or cannot be written.
     """
+    arrays = {name: np.asarray(leaf) for name, leaf in to_params(model).items()}
+    with saving(folder, model.config, source=source, overwrite=overwrite) as weights:
+        save_file(arrays, weights)
+    return Path(folder)
+
+
+@contextmanager
+def saving(
+    folder: str | os.PathLike[str],
+    config: ViTConfig,
+    *,
+    source: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Iterator[Path]:
+    """Where to write the weights of a model of `config`; when the block succeeds, the model takes its place.
+
+    What else it says, and raises, is `save`'s.
+    """
+    check_place(folder, overwrite)
+    content = {"format": FORMAT, "config": config.to_dict(), "source": dict(source or {})}
+    with replacing(Path(folder), (WEIGHTS, CONFIG, PARITY)) as temporary:
+        yield temporary / WEIGHTS
+        (temporary / WEIGHTS).chmod(0o644)  # whatever the umask
+        # Last: without it, what an interruption left would be no model.
+        (temporary / CONFIG).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def check_place(folder: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raises a CheckpointError unless a model may be written to `folder`."""
     folder = Path(folder)
     if any_entry(folder):
         try:
@@ -51,13 +106,48 @@ def save(
             raise CheckpointError(f"{folder} exists and is not a jaxvit model: choose another folder") from error
         if not overwrite:
             raise CheckpointError(f"{folder} already holds a model: choose another folder, or overwrite it")
-    config = {"format": FORMAT, "config": model.config.to_dict(), "source": dict(source or {})}
-    arrays = {name: np.asarray(leaf) for name, leaf in to_params(model).items()}
-    with replacing(folder, (WEIGHTS, CONFIG, PARITY)) as temporary:
-        save_file(arrays, temporary / WEIGHTS)
-        (temporary / WEIGHTS).chmod(0o644)  # safetensors makes its files private
-        (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    return folder
+
+
+def save_file(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    """Writes a safetensors file, without a copy of the arrays that the library's own function makes."""
+    with writing(path, {name: (array.dtype, array.shape) for name, array in arrays.items()}) as put:
+        for name, array in arrays.items():
+            put(name, 0, array)
+
+
+@contextmanager
+def writing(path: Path, tensors: Mapping[str, tuple[DTypeLike, Sequence[int]]]) -> Iterator[Put]:
+    """Writes a safetensors file piece by piece, in any order; yields the function that does it.
+
+    The header is written when the block succeeds: until then nobody takes the file for a complete one. All numbers must
+    have been set by then.
+
+    Args:
+      tensors: name -> dtype and shape.
+
+    Raises:
+      ValueError: a type that safetensors files have no name for.
+    """
+    dtypes = {name: np.dtype(dtype) for name, (dtype, _) in tensors.items()}
+    if foreign := sorted({dtype.name for dtype in dtypes.values() if dtype not in CODES}):
+        raise ValueError(f"safetensors files hold no {', '.join(foreign)}")
+    entries, starts, end = {}, {}, 0
+    for name in sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name)):  # the library's order: all aligned
+        shape = list(tensors[name][1])
+        starts[name], end = end, end + math.prod(shape) * dtypes[name].itemsize
+        entries[name] = {"dtype": CODES[dtypes[name]], "shape": shape, "data_offsets": [starts[name], end]}
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+
+        def put(name: str, start: int, values: np.ndarray) -> None:
+            values = np.ascontiguousarray(values, dtypes[name]).reshape(-1)
+            file.seek(8 + len(header) + starts[name] + start * values.itemsize)
+            file.write(values.view(np.uint8).data)  # Python's buffers know no bfloat16
+
+        yield put
+        file.seek(0)
+        file.write(len(header).to_bytes(8, "little") + header)
 
 
 def any_entry(folder: Path) -> bool:
@@ -133,24 +223,52 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[ViTConfig, dict[str, An
         raise CheckpointError(f"{path} is not the config of a jaxvit model: {error!r}") from error
 
 
+def read_parity(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The certificate of a model that was compared with its original, or None.
+
+    Raises:
+      CheckpointError: a parity.json that does not make sense.
+    """
+    path = Path(folder) / PARITY
+    if not path.is_file():
+        return None
+    try:
+        parity = json.loads(path.read_text())
+        list(of_parity(parity))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a certificate of parity: {error!r}") from error
+    return parity
+
+
+def describe(folder: str | os.PathLike[str]) -> str:
+    """What a saved model is, where its weights come from, and how equal to their source they were found.
+
+    Raises:
+      CheckpointError: as `read_config` and `read_parity`.
+    """
+    config, source = read_config(folder)
+    return f"{in_words(config)}\n{origin(source, read_parity(folder))}"
+
+
 def load(folder: str | os.PathLike[str]) -> ViT:
-    """Reads a model that `save` or `python -m convert` wrote.
+    """Reads a model that `save` or `python -m convert` wrote; `model.description` says where its weights come from.
 
     Raises:
       CheckpointError: a missing, truncated or foreign file, or parameters whose names, shapes or dtypes do not fit
         the config; all offenders are listed.
     """
     folder = Path(folder)
-    config, _ = read_config(folder)
-    arrays = dict(SafetensorsFile(folder / WEIGHTS))
+    config, source = read_config(folder)
+    config = replace(config, origin=origin(source, read_parity(folder)))
+    file = SafetensorsFile(folder / WEIGHTS)
     expected = to_params(abstract(config))
-    dtypes = {str(a.dtype) for a in arrays.values()}
-    problems = [f"{name} is missing" for name in expected if name not in arrays]
-    problems += [f"{name} is not expected" for name in arrays if name not in expected]
+    dtypes = {file.dtype(name).name for name in file}
+    problems = [f"{name} is missing" for name in expected if name not in file]
+    problems += [f"{name} is not expected" for name in file if name not in expected]
     problems += [
-        f"{name} has shape {list(a.shape)}, expected {list(expected[name].shape)}"
-        for name, a in arrays.items()
-        if name in expected and a.shape != expected[name].shape
+        f"{name} has shape {list(file.shape(name))}, expected {list(expected[name].shape)}"
+        for name in file
+        if name in expected and file.shape(name) != expected[name].shape
     ]
     if len(dtypes) > 1 or not dtypes <= {"float32", "float16", "bfloat16", "float64"}:
         problems.append(f"dtypes are {sorted(dtypes)}, expected one floating-point type")
@@ -158,7 +276,15 @@ def load(folder: str | os.PathLike[str]) -> ViT:
         problems.append(f"parameters are {dtypes.pop()}, which JAX has disabled: set JAX_ENABLE_X64=1")
     if problems:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit its config: " + "; ".join(problems))
-    return from_params(config, {name: jnp.asarray(a) for name, a in arrays.items()})
+    return from_params(config, {name: jax.device_put(file[name]) for name in file})
+
+
+def empty(shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
+    """As `np.empty`, but where JAX on a CPU takes it as it is. Of what is not aligned so it makes copies."""
+    count = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(count + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + count].view(dtype).reshape(shape)
 
 
 class SafetensorsFile(Mapping[str, np.ndarray]):
@@ -172,21 +298,45 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist")
         try:
-            self.file = safe_open(path, framework="numpy")
-            self.names = list(self.file.keys())
-            types = {name: self.file.get_slice(name).get_dtype() for name in self.names}
+            with safe_open(path, framework="numpy"):  # which checks the header, and that the file is as long as it says
+                pass
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                self.entries: dict[str, dict[str, Any]] = json.loads(file.read(length))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
-        if foreign := [f"{name} ({type})" for name, type in types.items() if type.startswith(("F8_", "F6_", "F4"))]:
+        self.entries.pop("__metadata__", None)
+        self.path, self.data = path, 8 + length
+        types = {name: entry["dtype"] for name, entry in self.entries.items()}
+        if foreign := [f"{name} ({type})" for name, type in types.items() if type not in TYPES]:
             raise CheckpointError(f"{path} holds types that NumPy cannot read: {', '.join(foreign)}")
 
+    def dtype(self, name: str) -> np.dtype:
+        """The type of a tensor, which is not read."""
+        return TYPES[self.entries[name]["dtype"]]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read."""
+        return tuple(self.entries[name]["shape"])
+
     def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.names:
-            raise KeyError(name)
-        return self.file.get_tensor(name)
+        array = empty(self.shape(name), self.dtype(name))
+        try:
+            # Read and not mapped: pages of a mapped file stay with the process, which then seems to hold them all.
+            with open(self.path, "rb") as file:
+                file.seek(self.data + self.entries[name]["data_offsets"][0])
+                count = file.readinto(array.reshape(-1).view(np.uint8).data)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        if count != array.nbytes:
+            raise CheckpointError(f"{self.path} is not a complete safetensors file: it has become shorter")
+        return array
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.entries)

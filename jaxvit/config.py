@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from jaxvit.tokens import TokenLayout
@@ -11,8 +11,31 @@ from jaxvit.tokens import TokenLayout
 Resampling = Literal["bicubic_antialias", "bicubic", "bicubic_offset"]
 """How positions learned on one grid are brought to another; see `jaxvit.positions`."""
 
-Mlp = Literal["gelu", "swiglu"]
-"""`gelu`: fc2(gelu(fc1(x))), with the exact (erf) GELU. `swiglu`: fc2(silu(gate(x)) * value(x))."""
+Mlp = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
+"""`gelu`: fc2(gelu(fc1(x))), with the exact (erf) GELU; `gelu_tanh` and `quick_gelu`, x sigmoid(1.702 x), approximate
+it, and belong to the checkpoints trained with them. `swiglu`: out(silu(gate(x)) * value(x))."""
+
+Norm = Literal["layer", "rms"]
+"""LayerNorm, or RMSNorm, which neither centres nor has a bias."""
+
+FinalNorm = Literal["tokens", "pooled", "none"]
+"""Where the norm after the blocks stands: on all tokens, on what they are pooled to alone, or nowhere."""
+
+Pool = Literal["cls", "mean", "cls_mean", "attention", "distilled"]
+"""What `Output.pooled` is: [CLS]; the mean of the patches; both, one after the other (2 D numbers); what a learned
+query attends to (`jaxvit.heads`); or the mean of [CLS] and the last register, in a distilled DeiT its second token."""
+
+Rope = Literal["float32", "bfloat16"]
+"""Rotary positions as in DINOv3, with periods in this type: its training rounded them, its later ports do not."""
+
+CHOICES = {
+    "mlp": get_args(Mlp),
+    "norm": get_args(Norm),
+    "final_norm": get_args(FinalNorm),
+    "pool": get_args(Pool),
+    "rope": (None, *get_args(Rope)),
+    "resampling": get_args(Resampling),
+}
 
 _DINOV2_SIZES: dict[str, dict[str, Any]] = {
     "small": dict(depth=12, width=384, heads=6, hidden=1536, mlp="gelu"),
@@ -47,20 +70,40 @@ class Preprocess:
 class ViTConfig:
     """A Vision Transformer with [CLS] and register tokens; immutable, hashable, and static under every transformation.
 
+    The defaults are those of DINOv2.
+
     Attributes:
       depth: number of blocks, L.
       width: size of a token, D.
       heads: attention heads, H; the head size is width // heads.
       hidden: size of the MLP's hidden layer, F (for `swiglu`, of its value branch).
       mlp: which MLP.
+      cls: whether there is a class token.
       registers: number of register tokens, R; 0 for none.
       patch: side of a square patch, in pixels.
       grid: rows and columns of the patches that positions were learned for.
+      positions: whether a learned vector is added to each patch.
+      rope: rotary positions, which turn the queries and keys of patches; None for none.
+      rope_base: the largest of their periods is about this many times the smallest.
+      patch_bias, qkv_bias, proj_bias: whether there are biases in the embedding of patches; in queries, keys and
+        values; in what attention and MLP end with, and in the MLP's first layer.
+      patch_norm: whether patches are normalised before positions are added.
+      pre_norm: whether tokens are normalised before the first block.
+      qk_norm: whether queries and keys are normalised, head by head.
+      branch_norms: whether attention and MLP normalise what their last matrix reads.
       layer_scale: whether each branch is multiplied by a learned vector before it is added to the stream.
-      eps: epsilon of every LayerNorm.
+      norm: which norm, everywhere.
+      eps: epsilon of every norm.
+      final_norm: where the norm after the blocks stands.
+      pool: what tokens are pooled to.
+      pool_prefix: whether an attention pool also reads the tokens before the patches.
+      classes: size of the linear layer on what is pooled, `Output.logits`; 0 for none. A CLIP's projection is one.
+      head_bias: whether that layer has a bias.
       resampling: the rule that brings positions to another grid. It belongs to the checkpoint's *source*: the same
         weights give different features at 224 px in different libraries.
       preprocess: how images are prepared.
+      origin: where the weights of a loaded model come from, and how equal they were found. It says nothing of what is
+        computed: configs that differ in it alone are equal, and it is not saved with them.
     """
 
     depth: int
@@ -68,32 +111,65 @@ class ViTConfig:
     heads: int
     hidden: int
     mlp: Mlp = "gelu"
+    cls: bool = True
     registers: int = 0
     patch: int = 14
     grid: tuple[int, int] = (37, 37)
+    positions: bool = True
+    rope: Rope | None = None
+    rope_base: float = 100.0
+    patch_bias: bool = True
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    patch_norm: bool = False
+    pre_norm: bool = False
+    qk_norm: bool = False
+    branch_norms: bool = False
     layer_scale: bool = True
+    norm: Norm = "layer"
     eps: float = 1e-6
+    final_norm: FinalNorm = "tokens"
+    pool: Pool = "cls"
+    pool_prefix: bool = False
+    classes: int = 0
+    head_bias: bool = True
     resampling: Resampling = "bicubic_antialias"
     preprocess: Preprocess = Preprocess()
+    origin: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "heads", "hidden", "patch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.registers < 0 or min(self.grid) < 1:
-            raise ValueError(f"registers ({self.registers}) cannot be negative nor a grid ({self.grid}) empty")
+        if min(self.registers, self.classes) < 0 or min(self.grid) < 1:
+            raise ValueError(
+                f"registers ({self.registers}) and classes ({self.classes}) cannot be negative, "
+                f"nor a grid ({self.grid}) be empty"
+            )
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of the number of heads, {self.heads}")
-        for name, value, known in (
-            ("mlp", self.mlp, get_args(Mlp)),
-            ("resampling", self.resampling, get_args(Resampling)),
+        for name, kinds in CHOICES.items():
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; known: {', '.join(map(str, kinds))}")
+        if (self.pool in ("cls", "cls_mean", "distilled") and not self.cls) or (
+            self.pool == "distilled" and not self.registers
         ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; known: {', '.join(known)}")
+            raise ValueError(f"pool {self.pool!r} reads a token that this model does not have")
+        if self.pool in ("cls_mean", "distilled") and self.final_norm == "pooled":
+            raise ValueError(f"pool {self.pool!r} reads normalised tokens: the final norm must stand on tokens")
+        if self.pool == "attention" and self.mlp == "swiglu":
+            raise ValueError("an attention pool has a plain MLP, with the activation of the blocks': not with swiglu")
+        if self.rope is not None and self.head_size % 4:
+            raise ValueError(f"rotary positions need a head size that is a multiple of 4, not {self.head_size}")
 
     @property
     def head_size(self) -> int:
         return self.width // self.heads
+
+    @property
+    def prefix(self) -> int:
+        """Number of tokens before the patches: [CLS] and the registers."""
+        return self.cls + self.registers
 
     @classmethod
     def dinov2(cls, size: str, registers: int = 0, **changes: Any) -> ViTConfig:
@@ -119,11 +195,13 @@ class ViTConfig:
                 f"images are {height}x{width} pixels; sides must be positive multiples of the patch size {self.patch}: "
                 f"resize them, or use jaxvit.prepare"
             )
-        return TokenLayout(self.registers, (height // self.patch, width // self.patch))
+        return TokenLayout(self.registers, (height // self.patch, width // self.patch), self.cls)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, for JSON."""
-        return asdict(self)
+        values = asdict(self)
+        del values["origin"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ViTConfig:
@@ -132,7 +210,7 @@ class ViTConfig:
 
 
 def _strict(cls: Any, values: Mapping[str, Any], **decode: Any) -> Any:
-    known = {f.name for f in fields(cls)}
+    known = {f.name for f in fields(cls) if f.compare}
     unknown, missing = sorted(set(values) - known), sorted(known - set(values))
     if unknown or missing:
         raise ValueError(f"{cls.__name__} from a dict: unknown names {unknown}, missing names {missing}")

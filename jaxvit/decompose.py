@@ -27,10 +27,12 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxvit.edits import Edits, by_layer, check_edits, listed
 from jaxvit.images import Batch
+from jaxvit.layers import LayerNorm, LayerScale, RmsNorm
 from jaxvit.progress import bar
 from jaxvit.sites import Record, recording_plan
+from jaxvit.tap import Tap
 from jaxvit.tokens import TokenLayout
-from jaxvit.vit import Tap, ViT
+from jaxvit.vit import ViT
 
 # These are sums of a few large terms that cancel: keep all bits also where matrix products default to fewer.
 einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -178,7 +180,7 @@ def attention_parts(
         raise ValueError(f"by is {by!r}; expected 'group', 'head', or both: ('group', 'head')")
     _check_stage(stage)
     _check_keys(pattern, layout)
-    if layout.registers != model.config.registers:
+    if layout.prefix != model.prefix:
         raise ValueError(f"the layout has {layout.registers} registers, the model {model.config.registers}")
     G = "G" if "group" in split else ""
     out = "BQ" + "".join({"group": "G", "head": "H"}[each] for each in split)
@@ -331,12 +333,15 @@ def through_norm(model: ViT, summands: PyTree[Array], tokens: Float[Array, "*bat
       summands, tokens: as summands and output of `direct_contributions`.
     """
     norm = model.norm
+    if not isinstance(norm, LayerNorm | RmsNorm):
+        raise ValueError("this model has no norm after its blocks")
+    centring = isinstance(norm, LayerNorm)
 
     def one(part: Array, whole: Array) -> Array:
-        centred = part - part.mean(-1, keepdims=True)
-        variance = whole.var(-1, keepdims=True)
-        scale = _aligned(norm.scale[...].astype(part.dtype), centred.ndim)
-        return centred * jax.lax.rsqrt(variance + norm.eps) * scale
+        if centring:
+            part, whole = (x - x.mean(-1, keepdims=True) for x in (part, whole))
+        power = jnp.square(whole).mean(-1, keepdims=True)
+        return part * jax.lax.rsqrt(power + norm.eps) * _aligned(norm.scale[...].astype(part.dtype), part.ndim)
 
     return _each(one, summands, tokens)
 
@@ -406,11 +411,12 @@ def each_layer(
     changes = listed(edits)
     check_edits(changes, model._sizes(*stream.shape[:2]))
     scanned, of_layer = by_layer(changes, model.config.depth)
+    turn = model.turn(model.config.layout(*images.shape[1:3]).grid, stream.shape[1])
 
     def step(x_BTD, layer):
         block, edits = layer
         tap = Tap(wanted, of_layer(edits), model.prefix)
-        return block(x_BTD, tap), measure(tap.trace)
+        return block(x_BTD, tap, turn), measure(tap.trace)
 
     return jax.lax.scan(step, stream, (model.blocks, scanned))[1]
 
@@ -485,13 +491,14 @@ def _over_layers(model: ViT, layers: Layers, of_layer: Callable[..., Any], patte
     # A type of its own for all, as half precision has weights in float32 and values not.
     dtype = _wide(pattern, v, *more)
     arrays = [array.astype(dtype) for array in (pattern, v, *more)]
+    if c.branch_norms:
+        raise ValueError("this model normalises the joint output of its heads: it is not a sum of parts")
     attention = model.blocks.attn.proj
-    bias = attention.bias
-    assert bias is not None  # Attention always makes one
     kernel = attention.kernel[...].reshape(c.depth, c.heads, c.head_size, c.width)
-    gamma = model.blocks.scale1.gamma[...] if c.layer_scale else jnp.ones_like(bias[...])
+    bias = jnp.zeros((c.depth, c.width), kernel.dtype) if attention.bias is None else attention.bias[...]
+    gamma = model.blocks.scale1.gamma[...] if isinstance(model.blocks.scale1, LayerScale) else jnp.ones_like(bias)
     at = several if one else np.asarray(several)
-    readouts = Readout(kernel, bias[...], gamma)
+    readouts = Readout(kernel, bias, gamma)
     chosen = readouts if layers is None else jax.tree.map(lambda a: a[at], readouts)
     chosen = jax.tree.map(lambda a: a.astype(dtype), chosen)
     return of_layer(chosen, *arrays) if one else jax.lax.map(lambda xs: of_layer(*xs), (chosen, *arrays))

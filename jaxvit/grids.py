@@ -64,8 +64,8 @@ class Grid:
 
 def groups(model: ViT, which: str = "all") -> dict[Label, int]:
     """Labels and indices of the groups of tokens: `all`, `registers`, or `prefix`, [CLS] and registers."""
-    names = TokenLayout(model.config.registers, (1, 1)).group_names
-    start, stop = {"all": (0, None), "registers": (1, -1), "prefix": (0, -1)}[which]
+    names = TokenLayout(model.config.registers, (1, 1), model.config.cls).group_names
+    start, stop = {"all": (0, None), "registers": (model.config.cls, -1), "prefix": (0, -1)}[which]
     if which == "registers" and not model.config.registers:
         raise ValueError("this model has no registers")
     return {name: names.index(name) for name in names[start:stop]}

@@ -304,14 +304,14 @@ def _tokens(model: ViT, what: Tokens, layout: TokenLayout | None) -> Mask:
     """A mask over groups, or over the tokens of `layout`."""
     registers = model.config.registers
     if isinstance(what, Positions):
-        if what.layout.registers != registers:
+        if what.layout.prefix != model.prefix:
             raise ValueError(
                 f"positions in a sequence with {what.layout.registers} registers; the model has {registers}"
             )
         return choose("token", what.layout.tokens, what.index)
-    groups = TokenLayout(registers, (1, 1)).group_names
+    groups = TokenLayout(registers, (1, 1), model.config.cls).group_names
     names: dict[str, Sequence[int]] = {name: [i] for i, name in enumerate(groups)}
-    names |= {"registers": range(1, registers + 1)} if registers else {}
+    names |= {"registers": range(model.prefix - registers, model.prefix)} if registers else {}
     mask = choose("group of tokens", len(groups), what, names | {"all": range(len(groups))})
     return mask if layout is None else mask[layout.groups]
 

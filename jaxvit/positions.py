@@ -1,4 +1,4 @@
-"""Positions learned on one grid of patches, brought to another.
+"""Positions: those learned on one grid of patches, brought to another; and rotary ones, computed for any grid.
 
 Every rule in use is linear and separable, so it is two small matrices, one per axis, computed in float64. Three rules
 are needed, because the libraries that publish the same checkpoints do not agree:
@@ -14,12 +14,15 @@ All three are what `torch.nn.functional.interpolate(mode="bicubic", align_corner
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxvit.config import Resampling
+from jaxvit.config import Resampling, Rope
 
 
 def cubic(x: np.ndarray, a: float) -> np.ndarray:
@@ -57,3 +60,36 @@ def resample_positions(
         for n_in, n_out in zip(positions_hwD.shape[:2], grid, strict=True)
     )
     return jnp.einsum("ih,hwd,jw->ijd", rows, positions_hwD, columns, precision=jax.lax.Precision.HIGHEST)
+
+
+def rope_periods(head_size: int, base: float, rounded: Rope) -> np.ndarray:
+    """[d / 4] float64: base^(2 j / (d / 2)), as the type that checkpoints keep them in has them."""
+    periods = (base ** (np.arange(head_size // 4) / (head_size // 4))).astype(np.float32)
+    return (periods.astype(ml_dtypes.bfloat16) if rounded == "bfloat16" else periods).astype(np.float64)
+
+
+def rope_angles(grid: tuple[int, int], periods: np.ndarray) -> np.ndarray:
+    """[N, d / 2] float64: by how much each plane of a patch's queries and keys is turned.
+
+    The first half of the planes turns with the row of the patch's centre, the second with its column, both measured
+    from -1 to 1 over the image (DINOv3: `RopePositionEmbedding` with normalize_coords="separate").
+    """
+    rows, columns = (2 * (np.arange(n) + 0.5) / n - 1 for n in grid)
+    centres = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
+    return (2 * np.pi * centres[:, :, None] / periods).reshape(len(centres), -1)
+
+
+def rotation(
+    grid: tuple[int, int], head_size: int, base: float, rounded: Rope, prefix: int
+) -> Callable[[Float[Array, "B T H d"]], Float[Array, "B T H d"]]:
+    """Turns queries or keys: plane j of a patch is its entries j and j + d / 2. The tokens before patches stay."""
+    angles = rope_angles(grid, rope_periods(head_size, base, rounded))
+    still = np.zeros((prefix, angles.shape[1]))
+    cos, sin = (np.tile(f(np.concatenate([still, angles])), 2) for f in (np.cos, np.sin))
+
+    def turn(x_BTHd: Array) -> Array:
+        first, second = jnp.split(x_BTHd, 2, axis=-1)
+        c, s = (jnp.asarray(a, x_BTHd.dtype)[None, :, None] for a in (cos, sin))
+        return x_BTHd * c + jnp.concatenate([-second, first], axis=-1) * s
+
+    return turn

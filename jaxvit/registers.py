@@ -46,7 +46,7 @@ def add_registers(model: ViT, count: int = 1, values: ArrayLike = 0.0) -> ViT:
     shape = (count, model.config.width)
     params = to_params(model)
     try:
-        new = jnp.broadcast_to(jnp.asarray(values, model.cls.dtype), shape)
+        new = jnp.broadcast_to(jnp.asarray(values, model.patch_embed.kernel.dtype), shape)
     except ValueError:
         raise ValueError(f"values have shape {list(np.shape(values))}; expected {list(shape)}") from None
     old = [params["registers"]] if model.config.registers else []

@@ -165,7 +165,7 @@ def images_and_valid(batch: Array | np.ndarray | Batch) -> tuple[Array, np.ndarr
 def _moments(model: ViT, images: Array, valid: Array, sites: tuple[str, ...], layout: TokenLayout) -> Any:
     trace = model(images, record={site: Take(tokens="all") for site in sites}).trace
     # In half precision a sum over a thousand patches would have two digits.
-    dtype = jnp.float64 if model.cls.dtype == jnp.float64 else jnp.float32
+    dtype = jnp.float64 if model.patch_embed.kernel.dtype == jnp.float64 else jnp.float32
     membership = jnp.asarray(layout.membership, dtype)
     weight = jnp.asarray(valid, dtype)[:, None, None] * membership[None]  # B T G
     count = jnp.maximum(weight.sum((0, 1)), 1)

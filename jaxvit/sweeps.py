@@ -35,6 +35,8 @@ Metric = Callable[[Output, Output], Any]
 
 def cls_cosine(out: Output, clean: Output) -> Float[Array, " B"]:
     """Cosine of [CLS], after the final norm, with that of the run without edits."""
+    if out.cls is None or clean.cls is None:
+        raise ValueError("this model has no [CLS]: give a metric, such as one of `out.pooled` and `clean.pooled`")
     return cosine(out.cls, clean.cls)
 
 
@@ -138,7 +140,7 @@ class _Programs(NamedTuple):
         def run(model, images, clean, points, start):
             def one(point):
                 edits = make_edits(point, clean)
-                out = model.run_from(0 if record else start, stream, edits, record)
+                out = model.run_from(0 if record else start, stream, edits, record, grid_of(model, images))
                 return metric(out, clean)
 
             stream = jax.lax.dynamic_index_in_dim(clean.trace["resid_pre"], 0 if record else start, keepdims=False)
@@ -193,24 +195,25 @@ def attribute(
 
     takes_clean = _static({**as_takes(record_clean), "resid_pre": Take()})
 
-    @jax.jit
-    def gradients(model, clean):
+    @partial(jax.jit, static_argnames="patches")
+    def gradients(model, clean, patches):
         point = {axis: numbers[0] for axis, numbers in points.items()}
         edited = listed(jax.eval_shape(make_edits, point, clean))
         takes, queries = {}, {}
         for site, each in edited.items():
             queries[site] = "all" if any(edit.queries == "all" for edit in each) else "prefix"
             takes[site] = Take(tokens=queries[site] if site in ATTENTION_SITES else "all")
-        shapes = jax.eval_shape(lambda: model.run_from(0, clean.trace["resid_pre"][0], record=takes).trace)
+        stream = clean.trace["resid_pre"][0]
+        shapes = jax.eval_shape(lambda: model.run_from(0, stream, record=takes, grid=patches).trace)
 
         def total(nudges):
             nudged = {
                 site: Edit(1.0, 1.0, nudge, value_over="tokens", queries=queries[site])
                 for site, nudge in nudges.items()
             }
-            out = model.run_from(0, clean.trace["resid_pre"][0], nudged, takes)
+            out = model.run_from(0, stream, nudged, takes, patches)
             values = metric(out, clean)
-            if not isinstance(values, jax.Array) or values.shape != clean.cls.shape[:1]:
+            if not isinstance(values, jax.Array) or values.shape != clean.tokens.shape[:1]:
                 raise ValueError(f"the metric returns {jax.tree.map(jnp.shape, values)}; expected a number an image")
             return values.sum(), out.trace
 
@@ -230,20 +233,25 @@ def attribute(
                         total = total + change.sum(range(1, change.ndim), dtype=total.dtype)
                 return total, None
 
-            dtype = jnp.float64 if clean.cls.dtype == jnp.float64 else jnp.float32
-            return jax.lax.scan(layer, jnp.zeros(clean.cls.shape[0], dtype), (arrays, slopes, values), depth)[0]
+            dtype = jnp.float64 if clean.tokens.dtype == jnp.float64 else jnp.float32
+            return jax.lax.scan(layer, jnp.zeros(len(clean.tokens), dtype), (arrays, slopes, values), depth)[0]
 
         return jax.lax.map(one, points, batch_size=batch_size)
 
     for each in track(batches_of(images), "attribution", enabled=progress):
         batch, valid = images_and_valid(each)
         clean = _clean_run(model, batch, takes_clean)
-        slopes, values = gradients(model, clean)
+        slopes, values = gradients(model, clean, grid_of(model, batch))
         results.append(np.asarray(estimates(model, clean, slopes, values, points))[: len(grid), valid])
         labels.append(each.indices[valid] if isinstance(each, Batch) else None)
     if not results:
         raise ValueError("no images to run")
     return _named(grid, np.concatenate(results, axis=1), labels, metric, "estimated change of ")
+
+
+def grid_of(model: ViT, images: Array) -> tuple[int, int]:
+    """Rows and columns of patches of these images."""
+    return model.config.layout(*images.shape[1:3]).grid
 
 
 def _check(batch_size: int | None, grid: Grid) -> None:

@@ -11,17 +11,18 @@ import numpy as np
 class TokenLayout:
     """The sequence [CLS, register 1 .. register R, patch (0, 0) .. patch (rows - 1, columns - 1)].
 
-    A *group* is a set of tokens that is read or edited as one: group 0 is [CLS], groups 1 to R are the registers one
-    by one, group R + 1 is all the patches.
+    A *group* is a set of tokens that is read or edited as one: [CLS] is one, each register is one, and the last is all
+    the patches. Some models have no class token (`cls` is False).
     """
 
     registers: int
     grid: tuple[int, int]
+    cls: bool = True
 
     @property
     def prefix(self) -> int:
-        """Number of tokens before the patches, 1 + R."""
-        return 1 + self.registers
+        """Number of tokens before the patches: 1 + R, with a class token."""
+        return self.cls + self.registers
 
     @property
     def patches(self) -> int:
@@ -33,7 +34,7 @@ class TokenLayout:
 
     @property
     def group_names(self) -> tuple[str, ...]:
-        return ("cls", *(f"register {i}" for i in range(1, self.prefix)), "patches")
+        return (*["cls"][: self.cls], *(f"register {i + 1}" for i in range(self.registers)), "patches")
 
     @property
     def groups(self) -> np.ndarray:

@@ -45,11 +45,12 @@ FAMILIES = {
     "dinov2": ViTConfig(**TINY),
     "dinov2 with registers": ViTConfig(**TINY, registers=3),
     "dinov2 giant": ViTConfig(**TINY, mlp="swiglu"),
+    "clip": ViTConfig(**TINY, mlp="quick_gelu", layer_scale=False, patch_bias=False, pre_norm=True, eps=1e-5),
     "dinov2 giant with registers": ViTConfig(**TINY, registers=3, mlp="swiglu"),
 }
 
 
-@pytest.fixture(params=FAMILIES, scope="session")
+@pytest.fixture(params=["dinov2", "dinov2 with registers", "clip", "dinov2 giant with registers"], scope="session")
 def model(request: pytest.FixtureRequest) -> ViT:
     """A random model of each family."""
     return random_model(FAMILIES[request.param])

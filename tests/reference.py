@@ -46,6 +46,9 @@ def numpy_run(model, stream, change=lambda site, layer, x: None, start=0):
         def linear(name, x, p=p):
             return x @ p(f"{name}.kernel") + p(f"{name}.bias")
 
+        def scale(name, p=p):
+            return p(name) if c.layer_scale else 1
+
         x = tap("resid_pre", x)
         qkv = linear("attn.qkv", norm(x, p("norm1.scale"), p("norm1.bias")))
         q, k, v = np.moveaxis(qkv.reshape(*x.shape[:2], 3, c.heads, c.head_size), 2, 0)
@@ -55,16 +58,17 @@ def numpy_run(model, stream, change=lambda site, layer, x: None, start=0):
         total = weights.sum(-1, keepdims=True)
         pattern = tap("pattern", np.divide(weights, total, out=np.zeros_like(weights), where=total != 0))
         z = tap("z", np.einsum("BHQT,BTHd->BQHd", pattern, v))
-        attn_out = tap("attn_out", linear("attn.proj", z.reshape(x.shape)) * p("scale1.gamma"))
+        attn_out = tap("attn_out", linear("attn.proj", z.reshape(x.shape)) * scale("scale1.gamma"))
         x = tap("resid_mid", tap("skip_attn", x) + attn_out)
         normed = norm(x, p("norm2.scale"), p("norm2.bias"))
-        if c.mlp == "gelu":
+        if c.mlp != "swiglu":
             pre = tap("mlp_pre", linear("mlp.fc1", normed))
-            out = linear("mlp.fc2", tap("mlp_post", pre * (1 + erf(pre / np.sqrt(2))) / 2))
+            gate = (1 + erf(pre / np.sqrt(2))) / 2 if c.mlp == "gelu" else 1 / (1 + np.exp(-1.702 * pre))
+            out = linear("mlp.fc2", tap("mlp_post", pre * gate))
         else:
             gate = tap("mlp_pre", linear("mlp.gate", normed))
             out = linear("mlp.out", tap("mlp_post", gate / (1 + np.exp(-gate)) * linear("mlp.value", normed)))
-        mlp_out = tap("mlp_out", out * p("scale2.gamma"))
+        mlp_out = tap("mlp_out", out * scale("scale2.gamma"))
         x = tap("resid_post", tap("skip_mlp", x) + mlp_out)
     normed, prefix = norm(x, params["norm.scale"], params["norm.bias"]), 1 + c.registers
     parts = {"cls": normed[:, 0], "registers": normed[:, 1:prefix], "patches": normed[:, prefix:], "tokens": x}

@@ -199,11 +199,11 @@ def without(config, name):
         (lambda c: "", ["is not the config of a jaxvit model"]),
         (lambda c: [], ["is not the config of a jaxvit model"]),
         (lambda c: {"model_type": "dinov2", "hidden_size": 384}, ["is not the config of a jaxvit model", "format"]),
-        (lambda c: c | {"format": 2}, ["is of format 2", "reads format 1"]),
+        (lambda c: c | {"format": 1}, ["is of format 1", "reads format 2"]),
         (lambda c: without(c, "config"), ["not the config", "config"]),
         (lambda c: without(c, "source"), ["not the config", "source"]),
         (lambda c: c | {"config": 3}, ["not the config"]),
-        (lambda c: c | {"config": c["config"] | {"rope": 1, "bias": 2}}, ["unknown names ['bias', 'rope']"]),
+        (lambda c: c | {"config": c["config"] | {"roped": 1, "bias": 2}}, ["unknown names ['bias', 'roped']"]),
         (lambda c: c | {"config": without(c["config"], "depth")}, ["missing names ['depth']"]),
         (lambda c: c | {"config": c["config"] | {"heads": 5}}, ["not a multiple of the number of heads"]),
         (lambda c: c | {"config": c["config"] | {"depth": "3"}}, ["not the config"]),
@@ -228,7 +228,7 @@ def test_a_config_that_is_not_text_is_described(folder):
 
 def test_weights_of_another_config_do_not_load(folder):
     config = CONFIG.to_dict() | {"registers": 0, "mlp": "swiglu"}
-    (folder / "config.json").write_text(json.dumps({"format": 1, "config": config, "source": {}}))
+    (folder / "config.json").write_text(json.dumps({"format": 2, "config": config, "source": {}}))
     with pytest.raises(CheckpointError) as caught:
         jaxvit.load(folder)
     for problem in ("blocks.mlp.gate.kernel is missing", "registers is not expected", "blocks.mlp.fc1.bias is not"):

@@ -97,8 +97,8 @@ def test_configs_survive_json(config):
 def test_unknown_and_missing_names_are_all_listed():
     values = ViTConfig(**SMALL).to_dict()
     del values["depth"], values["eps"]
-    values |= dict(droppath=0.1, classes=10)
-    with pytest.raises(ValueError, match=r"ViTConfig.*unknown names \['classes', 'droppath'\].*\['depth', 'eps'\]"):
+    values |= dict(droppath=0.1, dropout=0.2)
+    with pytest.raises(ValueError, match=r"ViTConfig.*unknown names \['dropout', 'droppath'\].*\['depth', 'eps'\]"):
         ViTConfig.from_dict(values)
 
 
@@ -165,6 +165,6 @@ def test_other_images_are_refused(height, width):
 
 
 def test_the_kinds_of_mlp_are_those_the_model_has():
-    from jaxvit.vit import MLPS
+    from jaxvit.layers import ACTIVATIONS
 
-    assert set(MLPS) == set(Mlp.__args__)
+    assert {*ACTIVATIONS, "swiglu"} == set(Mlp.__args__)

@@ -16,9 +16,9 @@ from flax import nnx
 
 import jaxvit
 from jaxvit import SITES, Take, ViT, ViTConfig
+from jaxvit.layers import PlainMlp
 from jaxvit.params import abstract, from_params, to_params
 from jaxvit.sites import ATTENTION_SITES
-from jaxvit.vit import GeluMlp
 
 HEIGHT, WIDTH = 24, 16  # 6 x 4 patches: another grid than the positions', and not square
 BATCH = 2
@@ -191,7 +191,7 @@ def test_attention_is_what_was_recorded(model, full):
 
 def test_mlp_post_is_the_activation_of_mlp_pre(model, full):
     pre, post = full.trace["mlp_pre"], full.trace["mlp_post"]
-    if isinstance(model.blocks.mlp, GeluMlp):
+    if isinstance(model.blocks.mlp, PlainMlp):
         assert_close(post, pre * jax.scipy.stats.norm.cdf(pre), 1e-6)  # the exact GELU
         return
     value = model.blocks.mlp.value
