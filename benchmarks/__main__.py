@@ -6,39 +6,60 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmarks import architectures, conversion, families, parity, speed
+
+COMMANDS = {
+    "speed": ("how fast jaxvit is beside PyTorch", speed),
+    "parity": ("how equal DINOv2 is to PyTorch's, at full depth", parity),
+    "families": ("how equal every family is, from every source", families),
+    "architectures": ("which of timm's Vision Transformers convert, and how equal they are", architectures),
+    "conversion": ("how much memory the conversion of a large checkpoint takes", conversion),
+}
+
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{speed,parity}")
-    raw = argparse.RawDescriptionHelpFormatter
-    from benchmarks import parity, speed
-
-    command = commands.add_parser(
-        "speed", help="how fast jaxvit is beside PyTorch", description=speed.__doc__, formatter_class=raw
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
+    of = {
+        name: commands.add_parser(
+            name, help=what, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        for name, (what, module) in COMMANDS.items()
+    }
+    command = of["speed"]
     command.add_argument("--full", action="store_true", help="every model, size and batch")
     command.add_argument("--keep", metavar="NAME", help="keep as benchmarks/results/NAME.json, and show in README.md")
     command.add_argument("--precision", choices=speed.PRECISIONS, default="float32", help="of both sides")
     command.add_argument("--seconds", type=float, default=20.0, help="how long each set of alternatives takes turns")
     command.add_argument("--out", type=Path, default=Path("out/speed.json"), help="where the JSON goes (%(default)s)")
-    command = commands.add_parser(
-        "parity", help="how equal jaxvit and PyTorch are", description=parity.__doc__, formatter_class=raw
-    )
-    command.add_argument("--write", action="store_true", help="put the table into README.md")
+    command = of["conversion"]
+    command.add_argument("--size", choices=conversion.SIZES, default="giant", help="of the model (%(default)s)")
+    command.add_argument("--place", type=Path, help="a folder on a disk with room for it, instead of the temporary one")
+    for name, where in (("parity", "README.md"), ("conversion", "README.md"), ("families", "docs/families.md")):
+        of[name].add_argument("--write", action="store_true", help=f"put the table into {where}")
+    where = "docs/architectures.md and convert/architectures.json"
+    of["architectures"].add_argument("--write", action="store_true", help=f"write {where}")
     command = commands.add_parser("peak")  # one task of the memory table, in a process of its own
     command.add_argument("task")
     command.add_argument("size")
     command.add_argument("pixels", type=int)
     command.add_argument("batch", type=int)
 
-    options = parser.parse_args(argv if argv else ["speed"])
-    if options.command == "parity":
-        parity.main(options.write)
-    elif options.command == "peak":
-        print(speed.peak_of(options.task, options.size, options.pixels, options.batch))
-    else:
-        speed.main(options.full, options.keep, options.precision, options.seconds, options.out)
+    o = parser.parse_args(argv if argv else ["speed"])
+    match o.command:
+        case "speed":
+            speed.main(o.full, o.keep, o.precision, o.seconds, o.out)
+        case "parity":
+            parity.main(o.write)
+        case "families":
+            families.main(o.write)
+        case "architectures":
+            architectures.main(o.write)
+        case "conversion":
+            conversion.main(o.size, o.write, o.place)
+        case "peak":
+            print(speed.peak_of(o.task, o.size, o.pixels, o.batch))
 
 
 if __name__ == "__main__":

@@ -3,88 +3,164 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+import sys
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack, cast
 
-import jax.numpy as jnp
+import jax
 from jax.typing import DTypeLike
 
 import jaxvit
-from convert import dinov2
-from convert.engine import ConversionError, Layout, Tensors, convert_tensors, locate
-from convert.sources import Source, open_source, sha256
-from jaxvit.checkpoint import WEIGHTS
+from convert import clip, deit, dino, dinov2, dinov3, timm
+from convert.engine import ConversionError, Layout, Tensors, convert_tensors, locate, stream_tensors
+from convert.sources import Branch, Source, open_source, sha256
+from jaxvit.checkpoint import WEIGHTS, check_place, saving, writing
 from jaxvit.config import Resampling
-from jaxvit.params import from_params, to_params
+from jaxvit.params import abstract, from_params, to_params
 
-__all__ = ["ConversionError", "convert", "load", "load_described"]
+__all__ = ["ConversionError", "Options", "Reading", "convert", "convert_to_folder", "load", "load_described"]
 
-LAYOUTS: tuple[Layout, ...] = dinov2.LAYOUTS
+LAYOUTS: tuple[Layout, ...] = (
+    *dinov2.LAYOUTS,
+    *dinov3.LAYOUTS,
+    deit.LAYOUT,
+    timm.LAYOUT,
+    dino.LAYOUT,
+    *clip.LAYOUTS,
+)
+"""Tried in this order."""
 
 
-def load(
-    source: Any,
-    *,
-    dtype: DTypeLike = "float32",
-    resampling: Resampling | None = None,
-    revision: str | None = None,
-) -> jaxvit.ViT:
+class Reading(TypedDict, total=False):
+    """What is to be known about a source that it does not tell itself.
+
+    Keys:
+      revision: commit, branch or tag, for a hub id.
+      architecture: timm's name of the model, such as "vit_base_patch16_clip_224", for a bare file in timm's layout.
+      branch: "teacher" or "student", of a training checkpoint that holds both; by default the teacher.
+      config: fields of the config that neither tensors nor files beside them tell, such as {"mlp": "quick_gelu"}.
+    """
+
+    revision: str | None
+    architecture: str | None
+    branch: Branch | None
+    config: Mapping[str, Any] | None
+
+
+class Options(Reading, total=False):
+    """How a source is converted.
+
+    Keys:
+      dtype: of the parameters; float32 unless given.
+      resampling: overrides the rule by which the source's own library brings positions to other image sizes.
+    """
+
+    dtype: DTypeLike
+    resampling: Resampling | None
+
+
+def load(source: Any, **options: Unpack[Options]) -> jaxvit.ViT:
     """A jaxvit model with the weights of a PyTorch checkpoint.
 
     Args:
-      source: a file (.safetensors, .pth, .onnx), a folder written by transformers or timm, a hub id such as
-        "facebook/dinov2-with-registers-small", a live timm or transformers module, or a state dict. A folder that
-        `jaxvit.save` wrote is taken too.
-      dtype: of the parameters.
-      resampling: overrides the rule by which the source's own library brings positions to other image sizes.
-      revision: commit, branch or tag, for a hub id.
+      source: a file (.safetensors, .pth, .onnx, OpenAI's CLIP .pt), a folder written by transformers, timm or OpenCLIP,
+        a hub id such as "facebook/dinov2-with-registers-small", a live timm or transformers module, or a state dict. A
+        folder that `jaxvit.save` wrote is taken too.
+      options: see `convert.Options`.
 
     Raises:
       ConversionError: the source cannot be read, is of no known layout, or does not fit its layout in every tensor.
       jaxvit.CheckpointError: a folder that `jaxvit.save` wrote is damaged.
     """
-    return load_described(source, dtype=dtype, resampling=resampling, revision=revision)[0]
+    return load_described(source, **options)[0]
 
 
-def load_described(
-    source: Any,
-    *,
-    dtype: DTypeLike = "float32",
-    resampling: Resampling | None = None,
-    revision: str | None = None,
-) -> tuple[jaxvit.ViT, dict[str, Any]]:
+def load_described(source: Any, **options: Unpack[Options]) -> tuple[jaxvit.ViT, dict[str, Any]]:
     """As `load`, with what is known of where the weights come from: kind, path, revision, checksums, layout."""
+    dtype, resampling = options.pop("dtype", "float32"), options.pop("resampling", None)
     if is_jaxvit_folder(source):
         model, (config, description) = jaxvit.load(source), jaxvit.read_config(source)
         config = replace(config, resampling=resampling or config.resampling)
         description["converted sha256"] = sha256(Path(source) / WEIGHTS)
         return jaxvit.cast(from_params(config, to_params(model)), dtype), description
-    opened = open_source(source, revision)
+    check_dtype(dtype)
+    opened = read(source, **reading(options))
     layout, tensors, config = recognise(opened)
     config = replace(config, resampling=resampling or config.resampling)
     params = convert_tensors(layout, tensors, config, dtype, opened.ignored)
-    model = from_params(config, {name: jnp.asarray(a) for name, a in params.items()})
-    return jaxvit.cast(model, dtype), opened.description | {"layout": layout.name}
+    # On a CPU they stay where they are; elsewhere they go one after the other.
+    model = from_params(config, {name: jax.device_put(params.pop(name)) for name in list(params)})
+    return model, opened.description | {"layout": layout.name}
 
 
 def convert(
-    source: Any,
-    folder: str | os.PathLike[str],
-    *,
-    dtype: DTypeLike = "float32",
-    resampling: Resampling | None = None,
-    revision: str | None = None,
-    overwrite: bool = False,
+    source: Any, folder: str | os.PathLike[str], *, overwrite: bool = False, **options: Unpack[Options]
 ) -> jaxvit.ViT:
-    """Converts and saves; the arguments are those of `load` and `jaxvit.save`. Returns the model."""
+    """Converts to a folder, as `convert_to_folder`, and returns the model that is in it."""
+    convert_to_folder(source, folder, overwrite=overwrite, **options)
+    return jaxvit.load(folder)
+
+
+def convert_to_folder(
+    source: Any, folder: str | os.PathLike[str], *, overwrite: bool = False, **options: Unpack[Options]
+) -> jaxvit.ViTConfig:
+    """Writes what `jaxvit.save` would write of what `load` returns, without ever holding the model.
+
+    Tensors are read, converted and written a few at a time. From files that can be read so (.safetensors, .pth), memory
+    is taken for those of one rule for one block, such as one matrix, and once more where they are joined to one or
+    widened from half precision, whatever the size of the model.
+
+    Args:
+      folder, overwrite: those of `jaxvit.save`: all is written or nothing.
+      options: those of `load`.
+
+    Returns:
+      The config of the model.
+    """
+    dtype, resampling = options.pop("dtype", "float32"), options.pop("resampling", None)
     if is_jaxvit_folder(source):
         raise ConversionError(f"{source} is a jaxvit model already")
-    model, description = load_described(source, dtype=dtype, resampling=resampling, revision=revision)
-    description["versions"] = versions("jaxvit", "jax", "flax")
-    jaxvit.save(model, folder, source=description, overwrite=overwrite)
-    return model
+    check_dtype(dtype)
+    check_place(folder, overwrite)  # before anything is fetched or read
+    opened = read(source, **reading(options))
+    layout, tensors, config = recognise(opened)
+    config = replace(config, resampling=resampling or config.resampling)
+    shapes = {name: (dtype, leaf.shape) for name, leaf in to_params(abstract(config)).items()}
+    about = opened.description | {"layout": layout.name, "versions": versions("jaxvit", "jax", "flax")}
+    with (
+        saving(folder, config, source=about, overwrite=overwrite) as weights,
+        writing(weights, shapes) as put,
+    ):
+        stream_tensors(put, layout, tensors, config, dtype, opened.ignored, progress=sys.stderr.isatty())
+    return config
+
+
+def check_dtype(dtype: DTypeLike) -> None:
+    """Raises what `jaxvit.cast` raises, before anything is read."""
+    jax.eval_shape(partial(jaxvit.cast, dtype=dtype), abstract(jaxvit.ViTConfig.dinov2("small", depth=1)))
+
+
+def read(source: Any, **known: Unpack[Reading]) -> Source:
+    """The tensors of a source, and what is known about them."""
+    opened = open_source(source, known.get("revision"), known.get("architecture"), known.get("branch"))
+    if fields := known.get("config"):
+        if unknown := sorted(set(fields) - set(CONFIG_FIELDS)):
+            raise ConversionError(f"a config has no {', '.join(unknown)}; it has {', '.join(CONFIG_FIELDS)}")
+        opened.hints = {**opened.hints, **fields}
+        opened.description["config given"] = dict(fields)
+    return opened
+
+
+CONFIG_FIELDS = tuple(field.name for field in fields(jaxvit.ViTConfig))
+
+
+def reading(options: Mapping[str, Any]) -> Reading:
+    """Those of the options that are about reading a source."""
+    return cast("Reading", {name: value for name, value in options.items() if name in Reading.__annotations__})
 
 
 def is_jaxvit_folder(source: Any) -> bool:
@@ -110,7 +186,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 def recognise(source: Source) -> tuple[Layout, Tensors, jaxvit.ViTConfig]:
     """The layout of a source, its tensors under the layout's names, and its config."""
-    layout, tensors = locate(LAYOUTS, source.tensors)
+    layout, tensors = locate(LAYOUTS, source.tensors, source.hints)
     try:
         return layout, tensors, layout.config(tensors, source.hints)
     except KeyError as error:

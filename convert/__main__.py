@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import convert
 import jaxvit
+from convert.sources import Branch
 from jaxvit.config import Resampling
+from jaxvit.description import in_words
 
-DESCRIPTION = """Converts a PyTorch checkpoint of DINOv2, with or without registers, to a jaxvit model.
+DESCRIPTION = """Converts a PyTorch checkpoint of a Vision Transformer to a jaxvit model.
 
   python -m convert SOURCE DEST                 convert
   python -m convert SOURCE DEST --verify        convert, then compare with the PyTorch original
   python -m convert verify DEST ORIGINAL        compare a converted model with its original
+  python -m convert show DEST                   what a converted model is, where it comes from, how equal it is
+  python -m convert export DEST FILE --layout L back to a PyTorch state dict
+  python -m convert list                        known checkpoints: sizes, licences, hub ids
 
 SOURCE is one of
-  a file      model.safetensors, dinov2_vits14_reg4_pretrain.pth, an ONNX export of transformers' DINOv2
-  a folder    as transformers or timm save it
-  a hub id    facebook/dinov2-with-registers-small, timm/vit_small_patch14_reg4_dinov2.lvd142m
+  a file      model.safetensors, dinov2_vits14_reg4_pretrain.pth, deit_3_small_224_1k.pth, OpenAI's ViT-B-32.pt,
+              a full checkpoint of DINO or iBOT, an ONNX export of transformers' DINOv2
+  a folder    as transformers, timm or OpenCLIP save it
+  a hub id    facebook/dinov2-with-registers-small, timm/deit3_small_patch16_224.fb_in1k
 
-Layout and sizes are recognised from the content. Every tensor of the source is used or ignored by name, and every
+Families: DINOv2 with and without registers, DINOv3, DeiT III, CLIP's image side, DINO, iBOT, and all of timm's plain
+Vision Transformers (docs/architectures.md). Layout and sizes are recognised from the content; what no file tells, such
+as the activation of a bare CLIP, is asked for. Every tensor of the source is used or ignored by name, and every
 parameter is set; otherwise nothing is written and every offender is listed. DEST becomes a folder of model.safetensors
-and config.json. Reading safetensors and ONNX needs no PyTorch; .pth files and comparing do.
+and config.json. Reading safetensors and ONNX needs no PyTorch; other files and comparing do.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if arguments[:1] == ["verify"]:
-            return verify(arguments[1:])
+        commands = {"verify": verify, "show": show, "export": export_command, "list": list_command}
+        if arguments and arguments[0] in commands:
+            return commands[arguments[0]](arguments[1:])
         return convert_command(arguments)
     except (convert.ConversionError, jaxvit.CheckpointError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)  # libraries' messages have several lines
@@ -59,24 +69,55 @@ def convert_command(arguments: Sequence[str]) -> int:
         choices=get_args(Resampling),
         help="how positions are brought to other image sizes (default: as the source's own library does)",
     )
-    parser.add_argument("--revision", help="commit, branch or tag of a hub id")
+    add_reading(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace DEST if it holds a jaxvit model")
     options = parser.parse_args(arguments)
+    known = reading_of(parser, options)
     if options.verify and options.dtype != "float32":
         parser.error("--verify compares float32 weights: leave out --dtype")
-    model = convert.convert(
+    config = convert.convert_to_folder(
         options.source,
         options.dest,
         dtype=options.dtype,
         resampling=options.resampling,
-        revision=options.revision,
         overwrite=options.overwrite,
+        **known,
     )
-    c = model.config
-    print(
-        f"wrote {options.dest}: {c.depth} blocks of width {c.width}, {c.heads} heads, {c.registers} registers, {c.mlp}"
+    print(f"wrote {options.dest}: {in_words(config)}")
+    return _verify(options.dest, options.source, None, known) if options.verify else 0
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """What a source may not tell itself; `convert.Reading`."""
+    parser.add_argument("--revision", help="commit, branch or tag of a hub id")
+    parser.add_argument(
+        "--architecture", metavar="NAME", help="timm's name of the model, for a bare file in timm's layout"
     )
-    return _verify(options.dest, options.source, None, options.revision) if options.verify else 0
+    parser.add_argument(
+        "--branch", choices=get_args(Branch), help="of a training checkpoint with both (default: teacher)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of the config that no file tells, such as mlp=quick_gelu or heads=16; may be repeated",
+    )
+
+
+def reading_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> convert.Reading:
+    config: dict[str, Any] = {}
+    for each in options.set:
+        name, equals, value = each.partition("=")
+        if not equals:
+            parser.error(f"--set {each}: expected FIELD=VALUE, such as mlp=quick_gelu")
+        try:
+            config[name] = json.loads(value)
+        except ValueError:
+            config[name] = value  # a word
+    return convert.Reading(
+        revision=options.revision, architecture=options.architecture, branch=options.branch, config=config or None
+    )
 
 
 def verify(arguments: Sequence[str]) -> int:
@@ -89,7 +130,7 @@ def verify(arguments: Sequence[str]) -> int:
     parser.add_argument("dest", metavar="DEST", help="a folder that python -m convert wrote")
     parser.add_argument("original", metavar="ORIGINAL", help="the source it was converted from")
     parser.add_argument("--sizes", nargs="+", metavar="HxW", help="image sizes in pixels, such as 224x224 518x392")
-    parser.add_argument("--revision", help="commit, branch or tag of a hub id")
+    add_reading(parser)
     options = parser.parse_args(arguments)
     try:
         sizes = [tuple(map(int, size.split("x"))) for size in options.sizes or ()]
@@ -97,10 +138,10 @@ def verify(arguments: Sequence[str]) -> int:
             raise ValueError
     except ValueError:
         parser.error(f"--sizes {' '.join(options.sizes)}: expected HEIGHTxWIDTH, such as 224x224")
-    return _verify(options.dest, options.original, sizes or None, options.revision)
+    return _verify(options.dest, options.original, sizes or None, reading_of(parser, options))
 
 
-def _verify(folder: str | Path, source: str, sizes: Sequence[tuple[int, ...]] | None, revision: str | None) -> int:
+def _verify(folder: str | Path, source: str, sizes: Sequence[tuple[int, ...]] | None, known: convert.Reading) -> int:
     try:
         from convert.verify import Size, table, verify_folder
     except ImportError as error:
@@ -108,11 +149,45 @@ def _verify(folder: str | Path, source: str, sizes: Sequence[tuple[int, ...]] | 
             f"comparing needs {error.name}: pip install torch torchvision timm transformers"
         ) from None
     wanted = [Size(*size) for size in sizes] if sizes else None
-    comparisons = verify_folder(folder, source, wanted, revision=revision, progress=True)
+    comparisons = verify_folder(folder, source, wanted, progress=True, **known)
     print(table(comparisons))
     passed = all(comparison.passed for comparison in comparisons.values())
     print(f"{'equal' if passed else 'NOT EQUAL'} within the limits; wrote {Path(folder) / 'parity.json'}")
     return 0 if passed else 1
+
+
+def show(arguments: Sequence[str]) -> int:
+    parser = parser_for(" show", "What a converted model is, where it comes from, and how equal to it it was found.")
+    parser.add_argument("dest", metavar="DEST", help="a folder that python -m convert wrote")
+    options = parser.parse_args(arguments)
+    print(jaxvit.describe(options.dest))
+    return 0
+
+
+def export_command(arguments: Sequence[str]) -> int:
+    from convert.export import LAYOUTS, export
+
+    parser = parser_for(
+        " export",
+        "Writes a jaxvit model as a state dict that the original library loads strictly: safetensors, with the names\n"
+        "and shapes of --layout. Refused, with the reason, where the layout has no place for what the model has.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder that python -m convert wrote")
+    parser.add_argument("dest", metavar="DEST", type=Path, help="the file to write, .safetensors")
+    parser.add_argument("--layout", required=True, choices=LAYOUTS, help="whose names")
+    parser.add_argument("--overwrite", action="store_true", help="replace DEST")
+    options = parser.parse_args(arguments)
+    export(jaxvit.load(options.model), options.dest, options.layout, overwrite=options.overwrite)
+    print(f"wrote {options.dest} in the layout of {options.layout}")
+    return 0
+
+
+def list_command(arguments: Sequence[str]) -> int:
+    from convert.catalogue import table
+
+    parser_for(" list", "The checkpoints this converter was made for.").parse_args(arguments)
+    print(table())
+    return 0
 
 
 if __name__ == "__main__":

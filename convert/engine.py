@@ -7,16 +7,22 @@ says why.
 
 from __future__ import annotations
 
+import ctypes
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
 
+from convert.neighbours import betrayed, looks_like
 from jaxvit import ViTConfig
+from jaxvit.checkpoint import Put, empty
 from jaxvit.params import Params, abstract, to_params
+from jaxvit.progress import track
 
 Tensors = Mapping[str, np.ndarray]
 Transform = Callable[..., Sequence[np.ndarray]]
@@ -43,17 +49,21 @@ class Layout:
       name: family/library.
       anchors: names that every checkpoint of the layout has, none of another layout all; prefixes come before them.
       config: the config that the tensors imply; `hints` are what a file beside them says (heads, eps, preprocess ..).
-      rules: the table.
+      rules: the table, for a config and a checkpoint, of which it reads names and shapes alone.
       ignored: patterns of names that are not used -> the reason.
       rename: brings variants of a name to the one in the table.
+      outside: names that stand beside the wrapped model, without its prefix, and belong to it: classifiers.
+      accepts: whether tensors, and what is known beside them, are of this layout, where anchors do not tell.
     """
 
     name: str
     anchors: tuple[str, ...]
     config: Callable[[Tensors, Mapping[str, Any]], ViTConfig]
-    rules: Callable[[ViTConfig], list[Rule]]
+    rules: Callable[[ViTConfig, Tensors], list[Rule]]
     ignored: Mapping[str, str] = field(default_factory=dict)
     rename: Callable[[str], str] = lambda name: name
+    outside: Collection[str] = ()
+    accepts: Callable[[Tensors, Mapping[str, Any]], bool] = lambda tensors, hints: True
 
 
 def copy(source: str, target: str) -> Rule:
@@ -65,12 +75,10 @@ def squeeze(source: str, target: str) -> Rule:
     return Rule((source,), (target,), lambda a: [a.reshape(a.shape[1:])])
 
 
-def linear(source: str, target: str) -> list[Rule]:
+def linear(source: str, target: str, bias: bool = True) -> list[Rule]:
     """torch.nn.Linear [out, in] -> kernel [in, out], and the bias."""
-    return [
-        Rule((f"{source}.weight",), (f"{target}.kernel",), lambda w: [w.T]),
-        copy(f"{source}.bias", f"{target}.bias"),
-    ]
+    weight = Rule((f"{source}.weight",), (f"{target}.kernel",), lambda w: [w.T])
+    return [weight, copy(f"{source}.bias", f"{target}.bias")] if bias else [weight]
 
 
 def joined_linear(sources: Sequence[str], target: str) -> list[Rule]:
@@ -87,25 +95,26 @@ def joined_linear(sources: Sequence[str], target: str) -> list[Rule]:
     ]
 
 
-def split_linear(source: str, targets: Sequence[str]) -> list[Rule]:
+def split_linear(source: str, targets: Sequence[str], bias: bool = True) -> list[Rule]:
     """One Linear -> several of equal size, from its first rows to its last."""
     n = len(targets)
-    return [
-        Rule((f"{source}.weight",), tuple(f"{t}.kernel" for t in targets), lambda w: np.split(w.T, n, axis=1)),
-        Rule((f"{source}.bias",), tuple(f"{t}.bias" for t in targets), lambda b: np.split(b, n)),
-    ]
+    rules = [Rule((f"{source}.weight",), tuple(f"{t}.kernel" for t in targets), lambda w: np.split(w.T, n, axis=1))]
+    if bias:
+        rules.append(Rule((f"{source}.bias",), tuple(f"{t}.bias" for t in targets), lambda b: np.split(b, n)))
+    return rules
 
 
-def norm(source: str, target: str) -> list[Rule]:
-    return [copy(f"{source}.weight", f"{target}.scale"), copy(f"{source}.bias", f"{target}.bias")]
+def norm(source: str, target: str, kind: str = "layer") -> list[Rule]:
+    scale = copy(f"{source}.weight", f"{target}.scale")
+    return [scale, copy(f"{source}.bias", f"{target}.bias")] if kind == "layer" else [scale]
 
 
-def patch_conv(source: str, target: str) -> list[Rule]:
+def patch_conv(source: str, target: str, bias: bool = True) -> list[Rule]:
     """A convolution [D, channels, p, p] of stride p -> the matrix [p * p * channels, D] it multiplies each patch by."""
-    return [
-        Rule((f"{source}.weight",), (f"{target}.kernel",), lambda w: [w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0])]),
-        copy(f"{source}.bias", f"{target}.bias"),
-    ]
+    weight = Rule(
+        (f"{source}.weight",), (f"{target}.kernel",), lambda w: [w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0])]
+    )
+    return [weight, copy(f"{source}.bias", f"{target}.bias")] if bias else [weight]
 
 
 class Renamed(Mapping[str, np.ndarray]):
@@ -131,7 +140,9 @@ class Renamed(Mapping[str, np.ndarray]):
         return len(self.names)
 
 
-def locate(layouts: Sequence[Layout], tensors: Tensors) -> tuple[Layout, Tensors]:
+def locate(
+    layouts: Sequence[Layout], tensors: Tensors, hints: Mapping[str, Any] | None = None
+) -> tuple[Layout, Tensors]:
     """Which layout the tensors have, and the tensors under its names: without the prefix a wrapper put before them.
 
     Tensors outside the wrapper keep their whole name and say so; they too must be ignored, or are an error.
@@ -144,20 +155,39 @@ def locate(layouts: Sequence[Layout], tensors: Tensors) -> tuple[Layout, Tensors
         for prefix in sorted((key[: -len(first)] for key in tensors if key.endswith(first)), key=_preference):
             # Outside a wrapper, `norm.weight` is not the wrapped model's: it must neither replace that nor stand in.
             names = [
-                layout.rename(key.removeprefix(prefix)) if key.startswith(prefix) else f"{key} (outside {prefix})"
+                layout.rename(key.removeprefix(prefix))
+                if key.startswith(prefix)
+                else key
+                if key in layout.outside
+                else f"{key} (outside {prefix})"
                 for key in tensors
             ]
-            if all(anchor in names for anchor in layout.anchors):
-                if twice := sorted({name for name in names if names.count(name) > 1}):
+            renamed = Renamed(tensors, dict(zip(names, tensors, strict=True)))
+            if all(anchor in renamed for anchor in layout.anchors) and layout.accepts(renamed, hints or {}):
+                if len(renamed) < len(names):
+                    twice = sorted({name for name in names if names.count(name) > 1})
                     raise ConversionError(f"not a {layout.name} checkpoint: it holds two of {', '.join(twice)}")
-                return layout, Renamed(tensors, dict(zip(names, tensors, strict=True)))
+                return layout, renamed
     if not tensors:
         raise ConversionError("the checkpoint holds no tensors")
     some = ", ".join(list(tensors)[:5])
+    like = looks_like(tensors)
     raise ConversionError(
         f"not a checkpoint of a known layout ({', '.join(layout.name for layout in layouts)}): "
+        f"{f'it looks like {like}; ' if like else nearest(layouts, tensors)}"
         f"its {len(tensors)} tensors are named {some}{', ..' if len(tensors) > 5 else ''}"
     )
+
+
+def nearest(layouts: Sequence[Layout], tensors: Tensors) -> str:
+    """The layout of whose anchors a checkpoint lacks the fewest, and which; empty if no layout is near."""
+    best, lacking = "", []
+    for layout in layouts:
+        names = [f".{layout.rename(key)}" for key in tensors]
+        absent = [a for a in layout.anchors if not any(name.endswith(f".{a}") for name in names)]
+        if 2 * len(absent) <= len(layout.anchors) and (not best or len(absent) < len(lacking)):
+            best, lacking = layout.name, absent
+    return f"it is nearest to {best}, but lacks {', '.join(lacking)}; " if lacking else ""
 
 
 def _preference(prefix: str) -> tuple[bool, int]:
@@ -170,63 +200,129 @@ def convert_tensors(
 ) -> Params:
     """The parameters of a model of `config`, from the tensors of `layout` as `locate` returns them.
 
-    Tensors are read one rule at a time, so a lazy mapping never holds more than one rule's. `ignored` adds to what the
-    layout ignores.
+    `ignored` adds to what the layout ignores.
 
     Raises:
       ConversionError: tensors missing, left over, of a wrong shape or type, or not finite; all of them are listed.
     """
-    expected = to_params(abstract(config))
-    params: Params = {name: np.empty(a.shape, dtype) for name, a in expected.items()}
-    problems: list[str] = []
-    used: set[str] = set()
-    for rule in layout.rules(config):
-        stacked = "{i}" in rule.sources[0]
-        for i in range(config.depth) if stacked else (0,):
-            sources = [source.format(i=i) for source in rule.sources]
-            used.update(sources)
-            if absent := [source for source in sources if source not in tensors]:
-                problems += [f"{source} is missing" for source in absent]
-                continue
-            values = [tensors[source] for source in sources]
-            unsound = []
-            for source, value in zip(sources, values, strict=True):
-                if not np.issubdtype(value.dtype, np.floating):
-                    unsound.append(f"{source} holds {value.dtype}, expected floating-point numbers")
-                elif not np.isfinite(value).all():
-                    unsound.append(f"{source} holds NaN or infinity")
-            if unsound:
-                problems += unsound
-                continue
-            wanted = [expected[target].shape[1:] if stacked else expected[target].shape for target in rule.targets]
-            try:
-                with np.errstate(over="ignore"):  # found below
-                    results = rule.transform(*values)
-            except (ValueError, IndexError):
-                results = ()
-            if [r.shape for r in results] != wanted:
-                shapes = ", ".join(f"{s} {list(v.shape)}" for s, v in zip(sources, values, strict=True))
-                becomes = ", ".join(f"{t} {list(w)}" for t, w in zip(rule.targets, wanted, strict=True))
-                problems.append(f"wrong shape: {shapes} cannot become {becomes}")
-                continue
-            for target, result in zip(rule.targets, results, strict=True):
-                at = i if stacked else ...
-                with np.errstate(over="ignore"):
-                    params[target][at] = result
-                if not np.isfinite(params[target][at]).all():
-                    problems.append(f"{' + '.join(sources)} exceeds what {np.dtype(dtype)} can hold")
-    patterns = [*layout.ignored, *(ignored or ())]
-    for name in tensors:
-        if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            problems.append(f"{name} is not expected")
-    if problems:
-        raise ConversionError(f"not a complete {layout.name} checkpoint: " + "; ".join(problems))
+    params: Params = {name: empty(a.shape, dtype) for name, a in to_params(abstract(config)).items()}
+
+    def put(name: str, start: int, values: np.ndarray) -> None:
+        params[name].reshape(-1)[start : start + values.size] = values.reshape(-1)
+
+    stream_tensors(put, layout, tensors, config, dtype, ignored)
     return params
 
 
-def check_table(layout: Layout, config: ViTConfig) -> None:
+def stream_tensors(
+    put: Put,
+    layout: Layout,
+    tensors: Tensors,
+    config: ViTConfig,
+    dtype: DTypeLike,
+    ignored: Mapping[str, str] | None = None,
+    progress: bool = False,
+) -> None:
+    """Does what `convert_tensors` does, but hands the parameters to `put` as soon as they are known.
+
+    Tensors are read for one block of one rule at a time, and dropped; of parameters no more than `PIECE` is held. What
+    was put is worth nothing if this raises.
+    """
+    shapes = {name: a.shape for name, a in to_params(abstract(config)).items()}
+    rules = layout.rules(config, tensors)
+    steps = [
+        (rule, block) for rule in rules for block in (range(config.depth) if "{i}" in rule.sources[0] else (None,))
+    ]
+    targets = {target for rule in rules for target in rule.targets}
+    problems = [f"{name} is set by no rule" for name in shapes if name not in targets]
+    used: set[str] = set()
+    for rule, block in track(steps, "converting", progress):
+        sources = [source.format(i=block) for source in rule.sources]
+        used.update(sources)
+        problems += _step(put if not problems else _drop, rule, sources, block, tensors, shapes, dtype)
+        if sum(math.prod(shapes[target][1:]) for target in rule.targets) > 2**20:
+            _give_back()
+    patterns = [*layout.ignored, *(ignored or ())]
+    unused = [name for name in tensors if name not in used]
+    left = [name for name in unused if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    problems += [f"{name} is not expected" for name in left]
+    if like := betrayed(left):
+        problems.append(f"it looks like {like}")
+    if problems:
+        raise ConversionError(f"not a complete {layout.name} checkpoint: " + "; ".join(problems))
+
+
+def _step(
+    put: Put,
+    rule: Rule,
+    sources: Sequence[str],
+    block: int | None,
+    tensors: Tensors,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: DTypeLike,
+) -> list[str]:
+    """Applies a rule to one block, or to what is no block's; returns what is wrong.
+
+    A function of its own: what it holds is gone before the next step reads anything.
+    """
+    if absent := [source for source in sources if source not in tensors]:
+        return [f"{source} is missing" for source in absent]
+    values = [tensors[source] for source in sources]
+    unsound = []
+    for source, value in zip(sources, values, strict=True):
+        if not np.issubdtype(value.dtype, np.floating):
+            unsound.append(f"{source} holds {value.dtype}, expected floating-point numbers")
+        elif not all(np.isfinite(piece).all() for piece in _pieces(value)):
+            unsound.append(f"{source} holds NaN or infinity")
+    if unsound:
+        return unsound
+    wanted = [shapes[target] if block is None else shapes[target][1:] for target in rule.targets]
+    try:
+        with np.errstate(over="ignore"):  # found below
+            results = rule.transform(*values)
+    except (ValueError, IndexError):
+        results = ()
+    if [r.shape for r in results] != wanted:
+        found = ", ".join(f"{s} {list(v.shape)}" for s, v in zip(sources, values, strict=True))
+        becomes = ", ".join(f"{t} {list(w)}" for t, w in zip(rule.targets, wanted, strict=True))
+        return [f"wrong shape: {found} cannot become {becomes}"]
+    problems = []
+    for target, result in zip(rule.targets, results, strict=True):
+        start = (block or 0) * result.size
+        for piece in _pieces(result):
+            with np.errstate(over="ignore"):
+                numbers = np.ascontiguousarray(piece, dtype)
+            if not np.isfinite(numbers).all():
+                problems.append(f"{' + '.join(sources)} exceeds what {np.dtype(dtype)} can hold")
+                break
+            put(target, start, numbers)
+            start += numbers.size
+    return problems
+
+
+PIECE = 2**21
+"""Bytes of a tensor that are looked at, and written, at once: a transposed matrix is never copied as a whole."""
+
+
+def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
+    array = np.atleast_1d(array)
+    rows = max(PIECE * len(array) // max(array.nbytes, 1), 1)
+    return (array[i : i + rows] for i in range(0, len(array), rows))
+
+
+def _drop(name: str, start: int, values: np.ndarray) -> None:
+    pass
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system. glibc keeps it for the next tensor, which may be too large to lie there."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+
+
+def check_table(layout: Layout, config: ViTConfig, tensors: Tensors) -> None:
     """Raises a ConversionError unless the table itself sets every parameter once and uses every source once."""
-    rules = layout.rules(config)
+    rules = layout.rules(config, tensors)
     targets = [target for rule in rules for target in rule.targets]
     sources = [source for rule in rules for source in rule.sources]
     expected = set(to_params(abstract(config)))

@@ -12,21 +12,28 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
 import transformers
 from safetensors.numpy import save_file
-from timm.layers.mlp import GluMlp, SwiGLUPacked
+from timm.layers import pos_embed_sincos
+from timm.layers.mlp import GluMlp, SwiGLU, SwiGLUPacked
+from timm.layers.norm import LayerNorm, RmsNorm
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.eva import checkpoint_filter_fn as dinov3_filter_fn
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3_vit
 
-from convert import is_jaxvit_folder, recognise, versions
+from convert import Reading, is_jaxvit_folder, read, recognise, versions
 from convert.engine import ConversionError, Layout, Tensors
-from convert.sources import open_source
 from jaxvit import ViTConfig
 from jaxvit.config import Resampling
 
@@ -36,8 +43,7 @@ READ = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "ml
 """The sites that the libraries compute as well, in order."""
 
 Values = Mapping[str, np.ndarray]
-"""Site -> value in one layer, with the axes of `jaxvit.SITES`. After the last layer come those of `final`: all tokens
-after the final norm."""
+"""Site -> value in one layer, with the axes of `jaxvit.SITES`; after the last layer `final`, `pooled` and `logits`."""
 
 Module = Any
 """A torch.nn.Module, whose submodules no type checker can follow."""
@@ -51,66 +57,79 @@ class Original:
       name: library, version and class.
       config: what jaxvit reads off it.
       resampling: a rule to put in place of the library's own; None leaves the library alone.
+      checksums: file -> sha256, of the files it was read from.
     """
 
     name: str
     module: Module
     config: ViTConfig
     resampling: Resampling | None = None
+    checksums: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, images: np.ndarray, dtype: torch.dtype) -> Iterator[Values]:
-        """What the library computes for images [B, H, W, 3]: the values of each layer, and then `final`."""
-        library = TIMM if isinstance(self.module, VisionTransformer) else TRANSFORMERS
+        """What the library computes for images [B, H, W, 3]: the values of each layer, and then those after the last:
+        `final`, all tokens after the final norm, `pooled`, and `logits` if there are any.
+        """
+        library = library_of(self.module)
         blocks: Module = self.module.get_submodule(library.blocks)
-        # The library's own forward pass, without blocks in it, goes from the pixels to what enters the first of them.
-        ends = copy.deepcopy(self.module, {id(blocks): type(blocks)()})
-        ends = fold_class_position(ends).to(dtype).eval()
-        norm = ends.get_submodule(library.norm)
-        stream: list[torch.Tensor] = []
-        before = norm.register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0]))
+        # The library's own forward pass, with a block in it that does nothing, goes from the pixels to what enters the
+        # first block, and beside it what else blocks are given: rotary positions.
+        catch = Catch()
+        ends = copy.deepcopy(self.module, {id(blocks): type(blocks)(*([catch] if library.unpacked else [[catch]]))})
+        ends = library.fold(ends).to(dtype).eval()
         pixels = torch.tensor(images, dtype=dtype).permute(0, 3, 1, 2).contiguous()
-        with torch.inference_mode(), interpolation(dtype, self.resampling):
+        with torch.inference_mode(), precise_positions(ends, dtype, self.resampling):
             library.forward(ends, pixels)
-        before.remove()
-        x = stream.pop()
+        x, more, arguments = catch.take()
         for block in blocks:
             block = copy.deepcopy(block).to(dtype).eval()
             hooks = Hooks()
-            library.watch(block, hooks)
-            with torch.inference_mode():
-                x = block(x)
+            library.watch(block, hooks, arguments)
+            with torch.inference_mode(), replaced(torch.nn.functional, "softmax", wide_softmax):
+                x = block(x, *more, **arguments)
             values = [{name: hooks.values[name] for name in READ}]
             del block, hooks
             yield values.pop()  # held by nobody but who asked for it
         with torch.inference_mode():
-            yield {"final": norm(x).numpy()}
+            yield {name: value.numpy() for name, value in library.finish(ends, x).items()}
 
 
-def original_of(source: Any, resampling: Resampling | None = None, revision: str | None = None) -> Original:
+class Catch(torch.nn.Module):
+    """Stands in for all blocks: keeps what it is given."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.given = x, args, kwargs
+        return x
+
+    def take(self) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+        given = self.given
+        del self.given
+        return given
+
+
+def original_of(source: Any, resampling: Resampling | None = None, **known: Unpack[Reading]) -> Original:
     """The original of anything `convert.load` takes.
 
     Raises:
       ConversionError: the source cannot be read, or its library's model does not take its tensors.
     """
     if isinstance(source, torch.nn.Module):
-        _, _, config = recognise(open_source(source))
+        _, _, config = recognise(read(source, **known))
         return Original(_name(source), source, config, overriding(resampling, config))
     if is_jaxvit_folder(source):
         raise ConversionError(f"{source} is a jaxvit model: its original is the PyTorch checkpoint it was made from")
-    opened = open_source(source, revision)
+    opened = read(source, **known)
     layout, tensors, config = recognise(opened)
     ignored = [*layout.ignored, *opened.ignored]
     state = {name: tensors[name] for name in tensors if not any(fnmatchcase(name, pattern) for pattern in ignored)}
     try:
-        if layout.name.startswith("dinov2/transformers"):
-            module = _transformers(layout, state, config)
-        else:
-            module = _timm(layout, tensors, state, config)
+        module = BUILDERS[layout.name](layout, tensors, state, config)
     except RuntimeError as error:  # PyTorch's way to say that a state dict does not fit
         raise ConversionError(f"the original's own library does not load this checkpoint: {error}") from error
-    # timm's model resamples positions in its own way; the hub's code, which it stands in for, has another.
-    own = config.resampling if layout.name == "dinov2/hub" else None
-    return Original(_name(module), module, config, overriding(resampling, config) or own)
+    # timm's model resamples positions in its own way; the authors' code, which it stands in for, may have another.
+    own = None if layout.name in LIBRARIES_OWN else config.resampling
+    rule = overriding(resampling, config) or own
+    return Original(_name(module), module, config, rule, opened.description.get("sha256", {}))
 
 
 def overriding(resampling: Resampling | None, config: ViTConfig) -> Resampling | None:
@@ -123,45 +142,94 @@ def _name(module: Module) -> str:
     return f"{library} {versions(library)[library]} {type(module).__name__}"
 
 
-def fold_class_position(module: Module) -> Module:
-    """Adds the class token's position to the class token, as conversion does, in the precision of the weights.
+def fold(token: Any, positions: Any) -> None:
+    """Adds the position of a token to it, as conversion does, in the precision of the weights.
 
     A float32 forward pass does the same sum and rounds it the same way; a float64 pass of float32 weights would not
     round it, and so compare unequal to any float32 file that holds the sum.
     """
-    if isinstance(module, VisionTransformer):
-        token: Any = module.cls_token
-        positions: Any = None if module.no_embed_class else module.pos_embed
-    else:
-        token, positions = module.embeddings.cls_token, module.embeddings.position_embeddings
-    if positions is not None:
-        with torch.no_grad():
-            token += positions[:, :1]
-            positions[:, :1] = 0
+    with torch.no_grad():
+        token += positions
+        positions[...] = 0
+
+
+def fold_timm(module: Module) -> Module:
+    if module.pos_embed is not None and not module.no_embed_class:
+        at = 0
+        for name in ("cls_token", "dist_token", "reg_token"):
+            if (token := getattr(module, name, None)) is not None:
+                fold(token, module.pos_embed[:, at : at + token.shape[1]])
+                at += token.shape[1]
+    return module
+
+
+def fold_dinov2(module: Module) -> Module:
+    embeddings = getattr(module, module.base_model_prefix, module).embeddings
+    fold(embeddings.cls_token, embeddings.position_embeddings[:, :1])
+    return module
+
+
+def fold_clip(module: Module) -> Module:
+    embeddings = clip_tower(module).embeddings
+    fold(embeddings.class_embedding, embeddings.position_embedding.weight[0])
     return module
 
 
 # Building them --------------------------------------------------------------------------------------------------------
 
+SWIGLU_LAYERS = {1: SwiGLUPacked, 2: SwiGLU}
 
-def build_timm(config: ViTConfig, class_has_position: bool) -> Module:
-    """timm's model of these sizes, for images of any size."""
-    swiglu: dict[str, Any] = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
-    packed = 2 if config.mlp == "swiglu" else 1
-    return VisionTransformer(
-        img_size=(config.grid[0] * config.patch, config.grid[1] * config.patch),
-        patch_size=config.patch,
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        mlp_ratio=packed * config.hidden / config.width,
-        reg_tokens=config.registers,
-        no_embed_class=not class_has_position,
-        init_values=1.0 if config.layer_scale else None,
-        num_classes=0,
+
+def build_timm(config: ViTConfig, positioned: bool, gates: int = 1) -> Module:
+    """timm's model of these sizes, for images of any size.
+
+    Args:
+      positioned: whether tokens before the patches have positions.
+      gates: how many layers hold the gate and the value of a SwiGLU.
+    """
+    c = config
+    norm_layer = partial({"layer": LayerNorm, "rms": RmsNorm}[c.norm], eps=c.eps)
+    act = {"gelu": torch.nn.GELU, "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "swiglu": torch.nn.SiLU}
+    packed = 2 if c.mlp == "swiglu" and gates == 1 else 1
+    distilled = c.pool == "distilled"
+    more: dict[str, Any] = {"mlp_layer": SWIGLU_LAYERS[gates]} if c.mlp == "swiglu" else {}
+    if c.patch_norm:
+        more["embed_norm_layer"] = norm_layer
+    more["global_pool"] = {"cls": "token", "distilled": "token", "mean": "avg", "attention": "map"}[c.pool]
+    module = (VisionTransformerDistilled if distilled else VisionTransformer)(
+        img_size=(c.grid[0] * c.patch, c.grid[1] * c.patch),
+        patch_size=c.patch,
+        embed_dim=c.width,
+        depth=c.depth,
+        num_heads=c.heads,
+        mlp_ratio=packed * c.hidden / c.width,
+        class_token=c.cls,
+        reg_tokens=c.registers - distilled,
+        no_embed_class=not positioned,
+        pos_embed="learn" if c.positions else "none",
+        qkv_bias=c.qkv_bias,
+        proj_bias=c.proj_bias,
+        qk_norm=c.qk_norm,
+        scale_attn_norm=c.branch_norms,
+        scale_mlp_norm=c.branch_norms,
+        pre_norm=c.pre_norm,
+        final_norm=c.final_norm != "none",
+        fc_norm=c.final_norm == "pooled",
+        pool_include_prefix=c.pool_prefix,
+        init_values=1.0 if c.layer_scale else None,
+        num_classes=c.classes,
+        norm_layer=norm_layer,
+        act_layer=act[c.mlp],
         dynamic_img_size=True,
-        **(swiglu if config.mlp == "swiglu" else {}),
+        **more,
     )
+    if c.patch_bias == c.pre_norm:  # timm ties the two
+        raise ConversionError(
+            "timm's models have a bias in the embedding of patches just if they have no norm after it"
+        )
+    if c.classes and not c.head_bias:
+        module.head = torch.nn.Linear(c.width, c.classes, bias=False)
+    return module
 
 
 def build_transformers(config: ViTConfig) -> Module:
@@ -177,29 +245,127 @@ def build_transformers(config: ViTConfig) -> Module:
         layer_norm_eps=config.eps,
         attn_implementation="eager",
     )
+    if config.classes:
+        sizes["num_labels"] = config.classes
     if config.registers:
         registers = transformers.Dinov2WithRegistersConfig(num_register_tokens=config.registers, **sizes)
+        if config.classes:
+            return transformers.Dinov2WithRegistersForImageClassification(registers)
         return transformers.Dinov2WithRegistersModel(registers)
-    return transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+    plain = transformers.Dinov2Config(**sizes)
+    return transformers.Dinov2ForImageClassification(plain) if config.classes else transformers.Dinov2Model(plain)
+
+
+def build_dinov3(config: ViTConfig) -> Module:
+    """transformers' DINOv3 of these sizes."""
+    eager: dict[str, Any] = {"attn_implementation": "eager"}
+    return transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(
+            hidden_size=config.width,
+            intermediate_size=config.hidden,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.heads,
+            patch_size=config.patch,
+            image_size=config.grid[0] * config.patch,
+            num_register_tokens=config.registers,
+            use_gated_mlp=config.mlp == "swiglu",
+            hidden_act="silu" if config.mlp == "swiglu" else "gelu",
+            query_bias=config.qkv_bias,
+            value_bias=config.qkv_bias,
+            layer_norm_eps=config.eps,
+            **eager,
+        )
+    )
+
+
+def build_dinov3_timm(config: ViTConfig, gates: int = 1) -> Module:
+    """timm's DINOv3 of these sizes."""
+    return Eva(
+        img_size=config.grid[0] * config.patch,
+        patch_size=config.patch,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        mlp_ratio=config.hidden / config.width,
+        swiglu_mlp=config.mlp == "swiglu",
+        swiglu_align_to=1 if gates == 2 else 0,  # timm's way to ask for gate and value apart
+        qkv_bias=config.qkv_bias,
+        num_reg_tokens=config.registers,
+        init_values=1.0,
+        rope_type="dinov3",
+        rope_temperature=config.rope_base,
+        rope_rotate_half=True,
+        use_rot_pos_emb=True,
+        use_abs_pos_emb=False,
+        use_fc_norm=False,
+        global_pool={"cls": "token", "mean": "avg"}[config.pool],
+        num_classes=config.classes,
+        norm_layer=partial(LayerNorm, eps=config.eps),
+        dynamic_img_size=True,
+    )
+
+
+TRANSFORMERS_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def build_clip(config: ViTConfig) -> Module:
+    """transformers' CLIP image encoder of these sizes, with its projection if it has one."""
+    more: dict[str, Any] = {"projection_dim": config.classes} if config.classes else {}
+    more["attn_implementation"] = "eager"
+    kind = transformers.CLIPVisionModelWithProjection if config.classes else transformers.CLIPVisionModel
+    return kind(
+        transformers.CLIPVisionConfig(
+            hidden_size=config.width,
+            intermediate_size=config.hidden,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.heads,
+            patch_size=config.patch,
+            image_size=config.grid[0] * config.patch,
+            hidden_act=TRANSFORMERS_ACTIVATIONS[config.mlp],
+            layer_norm_eps=config.eps,
+            **more,
+        )
+    )
+
+
+def _meta(build: Callable[[], Module]) -> Module:
+    """No numbers are drawn: the checkpoint's take all places."""
+    with torch.device("meta"):
+        return build()
 
 
 def _timm(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
-    with torch.device("meta"):  # no numbers are drawn: the checkpoint's take all places
-        module = build_timm(config, class_has_position=not config.registers)
-    own = checkpoint_filter_fn(_tensors(tensors), module) if layout.name == "dinov2/hub" else _tensors(state)
+    """timm's model, from its own names."""
+    rows = tensors["pos_embed"].shape[1] if config.positions else 0
+    positioned = config.prefix > 0 and rows == config.grid[0] * config.grid[1] + config.prefix
+    gates = 2 if "blocks.0.mlp.fc1_g.weight" in tensors else 1
+    module = _meta(lambda: build_timm(config, positioned, gates))
+    module.load_state_dict(_tensors(state), strict=True, assign=True)
+    return module
+
+
+def _by_timm(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
+    """timm's model, from names that timm's own loader translates."""
+    positioned = tensors["pos_embed"].shape[1] > config.grid[0] * config.grid[1] and not config.registers
+    module = _meta(lambda: build_timm(config, positioned))
+    own = checkpoint_filter_fn(_tensors(state), module, adapt_layer_scale=True)
     module.load_state_dict(own, strict=True, assign=True)
     return module
 
 
-def _transformers(layout: Layout, state: Tensors, config: ViTConfig) -> Module:
-    with torch.device("meta"):
-        module = build_transformers(config)
-    # The mask token must be there; it is not used.
-    state = {"embeddings.mask_token": np.zeros((1, config.width), np.float32), **state}
-    if layout.name == "dinov2/transformers in memory":
-        module.load_state_dict(_tensors(state), strict=True, assign=True)
-        return module
-    # Published files have names that transformers changes on loading: let it.
+def _by_timm_with_mask(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
+    return _by_timm(layout, tensors, {**state, "mask_token": tensors["mask_token"]}, config)
+
+
+def _openai_clip(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
+    module = _meta(lambda: build_timm(replace(config, head_bias=True), positioned=True))
+    own = checkpoint_filter_fn({f"visual.{name}": tensor for name, tensor in _tensors(state).items()}, module)
+    module.load_state_dict(own, strict=True, assign=True)
+    return module
+
+
+def _from_pretrained(module: Module, state: Mapping[str, np.ndarray], prefix: str = "") -> Module:
+    """Published files have names that transformers changes on loading: let it."""
     with tempfile.TemporaryDirectory() as folder:
         save_file({name: np.ascontiguousarray(a) for name, a in state.items()}, f"{folder}/model.safetensors")
         module.config.save_pretrained(folder)
@@ -207,6 +373,70 @@ def _transformers(layout: Layout, state: Tensors, config: ViTConfig) -> Module:
     if wrong := {kind: sorted(names) for kind, names in info.items() if names}:
         raise ConversionError(f"transformers does not load this checkpoint in full: {wrong}")
     return loaded
+
+
+def _dinov2(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
+    module = _meta(lambda: build_transformers(config))
+    # The mask token must be there; it is not used.
+    state = {"embeddings.mask_token": np.zeros((1, config.width), np.float32), **state}
+    if config.classes:
+        base = module.base_model_prefix
+        state = {name if name.startswith("classifier.") else f"{base}.{name}": a for name, a in state.items()}
+    if layout.name == "dinov2/transformers in memory":
+        module.load_state_dict(_tensors(state), strict=True, assign=True)
+        return module
+    return _from_pretrained(module, state)
+
+
+def _dinov3(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
+    mask = {"embeddings.mask_token": np.zeros((1, 1, config.width), np.float32)}
+    return _from_pretrained(_meta(lambda: build_dinov3(config)), {**mask, **state})
+
+
+def _dinov3_timm(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
+    gates = 2 if any("mlp.fc1_g" in name for name in tensors) else 1
+    module = build_dinov3_timm(config, gates)  # not on meta: it has buffers that no file holds
+    module.load_state_dict(_tensors(state), strict=True)
+    return module
+
+
+def _dinov3_hub(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
+    module = build_dinov3_timm(config, gates=2)
+    masked = {name: np.asarray(a) for name, a in state.items()}
+    for name in [name for name in masked if name.endswith("bias_mask")]:
+        masked[name.removesuffix("_mask")] = masked[name.removesuffix("_mask")] * masked.pop(name)
+    if config.mlp == "swiglu":
+        for ours, theirs in (("w1", "fc1_g"), ("w2", "fc1_x"), ("w3", "fc2")):
+            masked = {name.replace(f".mlp.{ours}.", f".mlp.{theirs}."): a for name, a in masked.items()}
+    module.load_state_dict(dinov3_filter_fn(_tensors(masked), module), strict=True)
+    if "rope_embed.periods" in tensors:  # timm computes them; the authors' code reads them
+        module.rope.periods = torch.tensor(np.asarray(tensors["rope_embed.periods"], np.float32))
+    return module
+
+
+def _clip(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
+    module = _meta(lambda: build_clip(config))
+    names = {name: name if name.startswith("visual_projection") else f"vision_model.{name}" for name in state}
+    return _from_pretrained(module, {names[name]: state[name] for name in state})
+
+
+BUILDERS: dict[str, Callable[[Layout, Tensors, Mapping[str, np.ndarray], ViTConfig], Module]] = {
+    "timm": _timm,
+    "dinov2/hub": _by_timm_with_mask,
+    "dinov2/transformers": _dinov2,
+    "dinov2/transformers in memory": _dinov2,
+    "dinov3/hub": _dinov3_hub,
+    "dinov3/timm": _dinov3_timm,
+    "dinov3/transformers": _dinov3,
+    "deit3": _by_timm,
+    "dino": _by_timm,
+    "clip/openai": _openai_clip,
+    "clip/transformers": _clip,
+}
+LIBRARIES_OWN = {"timm", "dinov3/timm", "dinov3/hub", "dinov3/transformers", "clip/transformers"} | {
+    "dinov2/transformers", "dinov2/transformers in memory"
+}  # fmt: skip
+"""Layouts whose own library is what they are compared with."""
 
 
 def _tensors(state: Tensors) -> dict[str, torch.Tensor]:
@@ -235,6 +465,61 @@ def interpolation(dtype: torch.dtype, rule: Resampling | None) -> Iterator[None]
         yield
     finally:
         torch.nn.functional.interpolate = original
+
+
+@contextmanager
+def precise_positions(module: Module, dtype: torch.dtype, rule: Resampling | None) -> Iterator[None]:
+    """`interpolation`, and the same for rotary positions: libraries compute the centres of patches in float32."""
+    with interpolation(dtype, rule), ExitStack() as stack:
+        if dtype == torch.float64:
+            build, centres = pos_embed_sincos._build_grid, dinov3_vit.get_patches_center_coordinates
+            lifted = partial(double_arange, build)
+            stack.enter_context(replaced(pos_embed_sincos, "_build_grid", lifted))
+            stack.enter_context(
+                replaced(
+                    dinov3_vit,
+                    "get_patches_center_coordinates",
+                    lambda rows, columns, dtype, device: centres(rows, columns, dtype=torch.float64, device=device),
+                )
+            )
+            if (rope := getattr(module, "rope_embeddings", None)) is not None:
+                # transformers keeps the inverses of periods, rounded once more; periods are what has a name.
+                periods = rope.base ** torch.arange(0, 1, 4 / rope.head_dim, dtype=torch.float64)
+                rope.inv_freq = 1 / periods.float().double()
+        yield
+
+
+@contextmanager
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+SOFTMAX = torch.nn.functional.softmax
+
+
+def wide_softmax(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """transformers' CLIP always does its softmax in float32, also in a float64 model."""
+    if x.dtype == torch.float64:
+        kwargs.pop("dtype", None)
+    return SOFTMAX(x, *args, **kwargs)
+
+
+def double_arange(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Calls a function in which torch counts in float64 where float32 is asked for."""
+    arange = torch.arange
+
+    def lifted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("dtype") == torch.float32:
+            kwargs["dtype"] = torch.float64
+        return arange(*args, **kwargs)
+
+    with replaced(torch, "arange", lifted):
+        return function(*args, **{**kwargs, "dtype": torch.float64})
 
 
 # Reading them ---------------------------------------------------------------------------------------------------------
@@ -268,24 +553,64 @@ def heads(name: str, count: int) -> Read:
     return lambda x: {name: x.unflatten(-1, (count, -1))}
 
 
-def watch_timm(block: Module, hooks: Hooks) -> None:
+Arguments = Mapping[str, Any]
+"""What a block is given beside tokens."""
+
+
+def watch_timm(block: Module, hooks: Hooks, _: Arguments) -> None:
     """The values of a block of a timm ViT."""
-    attn, mlp, count = block.attn, block.mlp, block.attn.num_heads
+    attn, count = block.attn, block.attn.num_heads
     attn.fused_attn = False  # the fused kernel never writes its weights out
     hooks.input(block, site("resid_pre"))
-    hooks.output(attn.qkv, lambda x: dict(zip("qkv", x.unflatten(-1, (3, count, -1)).unbind(2), strict=True)))
+    hooks.output(attn.qkv, lambda x: {"v": x.unflatten(-1, (3, count, -1))[:, :, 2]})
+    hooks.output(attn.q_norm, lambda x: {"q": x.transpose(1, 2)})
+    hooks.output(attn.k_norm, lambda x: {"k": x.transpose(1, 2)})
     hooks.input(attn.attn_drop, site("pattern"))
-    hooks.input(attn.proj, heads("z", count))
+    hooks.input(attn.norm, heads("z", count))
     hooks.output(block.ls1, site("attn_out"))
     hooks.input(block.norm2, site("resid_mid"))
-    gated = isinstance(mlp, GluMlp)
-    hooks.output(mlp.fc1, lambda x: {"mlp_pre": x.chunk(2, -1)[0] if gated else x})
-    hooks.input(mlp.fc2, site("mlp_post"))
+    watch_timm_mlp(block.mlp, hooks)
     hooks.output(block.ls2, site("mlp_out"))
     hooks.output(block, site("resid_post"))
 
 
-def watch_transformers(block: Module, hooks: Hooks) -> None:
+def watch_timm_mlp(mlp: Module, hooks: Hooks) -> None:
+    packed = isinstance(mlp, GluMlp)
+    gate = mlp.fc1_g if isinstance(mlp, SwiGLU) else mlp.fc1
+    hooks.output(gate, lambda x: {"mlp_pre": x.chunk(2, -1)[0] if packed else x})
+    hooks.input(mlp.norm, site("mlp_post"))
+
+
+def watch_eva(block: Module, hooks: Hooks, arguments: Arguments) -> None:
+    """The values of a block of timm's DINOv3."""
+    attn, count, rope = block.attn, block.attn.num_heads, arguments["rope"]
+    attn.fused_attn = False
+
+    def turned(name: str) -> Read:
+        def read(x: torch.Tensor) -> dict[str, torch.Tensor]:
+            before = attn.num_prefix_tokens
+            patches = apply_rot_embed_cat(x[:, :, before:], rope, half=True)
+            return {name: torch.cat([x[:, :, :before], patches], dim=2).transpose(1, 2)}
+
+        return read
+
+    hooks.input(block, site("resid_pre"))
+    # The module `attn.qkv` is not called where there is a bias.
+    bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    linear = torch.nn.functional.linear
+    hooks.output(block.norm1, lambda x: {"v": linear(x, attn.qkv.weight, bias).unflatten(-1, (3, count, -1))[:, :, 2]})
+    hooks.output(attn.q_norm, turned("q"))
+    hooks.output(attn.k_norm, turned("k"))
+    hooks.input(attn.attn_drop, site("pattern"))
+    hooks.input(attn.norm, heads("z", count))
+    hooks.output(attn, lambda x: {"attn_out": x * block.gamma_1})
+    hooks.input(block.norm2, site("resid_mid"))
+    watch_timm_mlp(block.mlp, hooks)
+    hooks.output(block.mlp, lambda x: {"mlp_out": x * block.gamma_2})
+    hooks.output(block, site("resid_post"))
+
+
+def watch_dinov2(block: Module, hooks: Hooks, _: Arguments) -> None:
     """The values of a layer of transformers' DINOv2, with or without registers."""
     attn, mlp, count = block.attention, block.mlp, block.attention.num_attention_heads
     hooks.input(block, site("resid_pre"))
@@ -302,20 +627,122 @@ def watch_transformers(block: Module, hooks: Hooks) -> None:
     hooks.output(block, site("resid_post"))
 
 
+def watch_dinov3(block: Module, hooks: Hooks, arguments: Arguments) -> None:
+    """The values of a layer of transformers' DINOv3."""
+    attn, mlp, count = block.attention, block.mlp, block.attention.num_heads
+    cos, sin = arguments["position_embeddings"]
+
+    def turned(name: str) -> Read:
+        def read(x: torch.Tensor) -> dict[str, torch.Tensor]:
+            x = x.unflatten(-1, (count, -1)).transpose(1, 2)
+            return {name: dinov3_vit.apply_rotary_pos_emb(x, x, cos, sin)[0].transpose(1, 2)}
+
+        return read
+
+    hooks.input(block, site("resid_pre"))
+    hooks.output(attn.q_proj, turned("q"))
+    hooks.output(attn.k_proj, turned("k"))
+    hooks.output(attn.v_proj, heads("v", count))
+    hooks.output(attn, lambda outputs: {"pattern": outputs[1]})
+    hooks.input(attn.o_proj, heads("z", count))
+    hooks.output(block.layer_scale1, site("attn_out"))
+    hooks.input(block.norm2, site("resid_mid"))
+    hooks.output(mlp.gate_proj if hasattr(mlp, "gate_proj") else mlp.up_proj, site("mlp_pre"))
+    hooks.input(mlp.down_proj, site("mlp_post"))
+    hooks.output(block.layer_scale2, site("mlp_out"))
+    hooks.output(block, site("resid_post"))
+
+
+def watch_clip(block: Module, hooks: Hooks, _: Arguments) -> None:
+    """The values of a layer of transformers' CLIP."""
+    attn, mlp, count = block.self_attn, block.mlp, block.self_attn.num_heads
+    hooks.input(block, site("resid_pre"))
+    for name in "qkv":
+        hooks.output(getattr(attn, f"{name}_proj"), heads(name, count))
+    hooks.output(attn, lambda outputs: {"attn_out": outputs[0], "pattern": outputs[1]})
+    hooks.input(attn.out_proj, heads("z", count))
+    hooks.input(block.layer_norm2, site("resid_mid"))
+    hooks.output(mlp.fc1, site("mlp_pre"))
+    hooks.input(mlp.fc2, site("mlp_post"))
+    hooks.output(mlp, site("mlp_out"))
+    hooks.output(block, site("resid_post"))
+
+
 class Library(NamedTuple):
     """How a library's models are taken apart.
 
     Attributes:
-      blocks, norm: where they have their blocks, and the norm after them.
-      forward: from pixels to tokens after the norm.
+      blocks: where they have their blocks.
+      unpacked: whether the container of blocks takes them one by one, not as a list.
+      fold: adds the positions of tokens to these.
+      forward: from pixels through the blocks.
       watch: hooks on a block.
+      finish: from the last block's tokens to what is computed of them.
     """
 
     blocks: str
-    norm: str
+    unpacked: bool
+    fold: Callable[[Module], Module]
     forward: Callable[[Module, torch.Tensor], Any]
-    watch: Callable[[Module, Hooks], None]
+    watch: Callable[[Module, Hooks, Arguments], None]
+    finish: Callable[[Module, torch.Tensor], dict[str, torch.Tensor]]
 
 
-TIMM = Library("blocks", "norm", lambda module, pixels: module.forward_features(pixels), watch_timm)
-TRANSFORMERS = Library("encoder.layer", "layernorm", lambda module, pixels: module(pixels), watch_transformers)
+def finish_timm(module: Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    final = module.norm(x)
+    values = {"final": final, "pooled": module.forward_head(final, pre_logits=True)}
+    return values | ({"logits": module.forward_head(final)} if module.num_classes else {})
+
+
+def finish_dinov2(module: Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    final = getattr(module, module.base_model_prefix, module).layernorm(x)
+    if not hasattr(module, "classifier"):
+        return {"final": final, "pooled": final[:, 0]}
+    patches = final[:, 1 + getattr(module.config, "num_register_tokens", 0) :]
+    pooled = torch.cat([final[:, 0], patches.mean(1)], dim=1)
+    return {"final": final, "pooled": pooled, "logits": module.classifier(pooled)}
+
+
+def finish_dinov3(module: Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    final = module.norm(x)
+    return {"final": final, "pooled": final[:, 0]}
+
+
+def clip_tower(module: Module) -> Module:
+    return getattr(module, "vision_model", module)
+
+
+def finish_clip(module: Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    final = clip_tower(module).post_layernorm(x)
+    values = {"final": final, "pooled": final[:, 0]}
+    return values | ({"logits": module.visual_projection(values["pooled"])} if module is not clip_tower(module) else {})
+
+
+def same(module: Module) -> Module:
+    return module
+
+
+def library_of(module: Module) -> Library:
+    """How the models of this module's library are taken apart.
+
+    Raises:
+      ConversionError: none of those known.
+    """
+    kind = type(module).__name__
+    if isinstance(module, VisionTransformer):
+        return Library("blocks", True, fold_timm, lambda m, x: m.forward_features(x), watch_timm, finish_timm)
+    if isinstance(module, Eva):
+        return Library("blocks", False, same, lambda m, x: m.forward_features(x), watch_eva, finish_timm)
+    if kind.startswith("Dinov2"):
+        at = f"{module.base_model_prefix}." if hasattr(module, module.base_model_prefix) else ""
+        return Library(f"{at}encoder.layer", False, fold_dinov2, lambda m, x: m(x), watch_dinov2, finish_dinov2)
+    if kind == "DINOv3ViTModel":
+        return Library("model.layer", False, same, lambda m, x: m(x), watch_dinov3, finish_dinov3)
+    if kind.startswith("CLIPVision"):
+        at = "vision_model." if hasattr(module, "vision_model") else ""
+        return Library(f"{at}encoder.layers", False, fold_clip, _clip_forward, watch_clip, finish_clip)
+    raise ConversionError(f"there is no way to look into a {type(module).__module__}.{kind}")
+
+
+def _clip_forward(module: Module, pixels: torch.Tensor) -> Any:
+    return module(pixels, interpolate_pos_encoding=True)

@@ -9,21 +9,35 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
+from convert.clip import OPENAI
 from convert.engine import ConversionError, Renamed, Tensors
+from convert.neighbours import looks_like
 from convert.onnx_graph import read_onnx
+from convert.timm import POOLS, architecture_hints, folder_hints, module_hints
 from jaxvit import CheckpointError, Preprocess
 from jaxvit.checkpoint import SafetensorsFile
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"]
-WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
+OPEN_CLIP, OPEN_CLIP_CONFIG = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"), "open_clip_config.json"
+INDEX = "model.safetensors.index.json"
+WEIGHT_FILES = (INDEX, "model.safetensors", "pytorch_model.bin", *OPEN_CLIP)
+CONFIG_FILES = ["config.json", "preprocessor_config.json", OPEN_CLIP_CONFIG]
+HUB_FILES = (
+    ["model*.safetensors", INDEX],
+    [OPEN_CLIP[0]],
+    ["pytorch_model.bin"],
+    [OPEN_CLIP[1]],
+)
+"""Of a hub id, the first of these that is there is fetched: repositories hold the same weights several times."""
 
 
 @dataclass
@@ -43,27 +57,46 @@ class Source:
     ignored: dict[str, str] = field(default_factory=dict)
 
 
-def open_source(source: Any, revision: str | None = None) -> Source:
+Branch = Literal["teacher", "student"]
+"""Which of the two networks of a self-distillation to take from its checkpoint."""
+
+
+def open_source(
+    source: Any, revision: str | None = None, architecture: str | None = None, branch: Branch | None = None
+) -> Source:
     """Recognises a source: a path, a hub id, a PyTorch module, or a mapping of names to tensors.
+
+    Args:
+      revision: of a hub id.
+      architecture: timm's name of the model, for tensors that do not tell.
+      branch: of a training checkpoint; by default the teacher, where there is one.
 
     Raises:
       ConversionError: nothing of the kind, or it cannot be read.
     """
+    opened = _open(source, revision, branch)
+    if architecture is not None:
+        opened.hints = {**opened.hints, **architecture_hints(architecture)}
+        opened.description["architecture"] = architecture
+    return opened
+
+
+def _open(source: Any, revision: str | None, branch: Branch | None) -> Source:
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         try:
             # os.path takes what cannot be a path, such as one that is too long, for one that does not exist.
             if os.path.isdir(source):  # noqa: PTH112
-                return _folder(path)
+                return _folder(path, branch)
             if os.path.exists(source):  # noqa: PTH110
-                return _file(path)
+                return _file(path, branch)
+            if isinstance(source, str) and HUB_ID.fullmatch(source):
+                return _hub(source, revision, branch)
         except OSError as error:
             raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from error
-        if isinstance(source, str) and HUB_ID.fullmatch(source):
-            return _hub(source, revision)
         raise ConversionError(f"{source} is neither a file, nor a folder, nor a hub id such as facebook/dinov2-small")
     if isinstance(source, Mapping):
-        return Source(_arrays(_state_dict(source)), {"kind": "state dict"})
+        return Source(_arrays(_state_dict(source, branch)), {"kind": "state dict"})
     if callable(getattr(source, "state_dict", None)):
         return _module(source)
     raise ConversionError(
@@ -79,26 +112,29 @@ def sha256(path: Path) -> str:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _file(path: Path) -> Source:
-    description = {"kind": "file", "path": path.name, "sha256": {path.name: sha256(path)}}
+def _file(path: Path, branch: Branch | None) -> Source:
+    description = {"kind": "file", "path": path.name, "sha256": {path.name: _checked(path)}}
     if path.suffix == ".onnx":
         ignored = {"decoder.*": "what the export puts behind the backbone"}
         return Source(read_onnx(path), description, ignored=ignored)
-    return Source(_read(path), description)
+    return Source(_read(path, branch), description)
 
 
-def _read(path: Path) -> Tensors:
+def _read(path: Path, branch: Branch | None = None) -> Tensors:
     if path.suffix == ".safetensors":
         try:
-            return SafetensorsFile(path)
+            file = SafetensorsFile(path)
         except CheckpointError as error:
             raise ConversionError(str(error)) from error
+        return file if branch is None else Renamed(file, {name: name for name in of_branch(file, branch)})
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        return _read_pickle(path)
+        return _read_pickle(path, branch)
+    if path.suffix == ".json":
+        raise ConversionError(f"{path} holds no tensors: give the folder that holds it, {path.parent}")
     raise ConversionError(f"{path} is of no known kind: expected .safetensors, .pth, .pt, .bin, .ckpt or .onnx")
 
 
-def _read_pickle(path: Path) -> Tensors:
+def _read_pickle(path: Path, branch: Branch | None) -> Tensors:
     try:
         import torch
     except ImportError:
@@ -107,6 +143,8 @@ def _read_pickle(path: Path) -> Tensors:
         ) from None
     with open(path, "rb") as f:
         zipped = f.read(4) == b"PK\x03\x04"  # since PyTorch 1.6; older files cannot be mapped into memory
+    if zipped and _is_torchscript(path):
+        return _read_torchscript(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters of what torch warns of, it then raises
@@ -122,24 +160,88 @@ def _read_pickle(path: Path) -> Tensors:
         raise ConversionError(f"{path} is not a complete PyTorch file: {reason}") from error
     if not isinstance(content, Mapping):
         raise ConversionError(f"{path} holds a {type(content).__name__}, expected a state dict")
-    return _arrays(_state_dict(content))
+    return _arrays(_bounded(path, _state_dict(content, branch)))
+
+
+INFLATED = 2**26
+"""Bytes that the compressed members of an archive, the code of TorchScript, may take beyond the size of the file."""
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Whether a zip archive is one of TorchScript, as OpenAI's CLIPs are. Archives are never extracted.
+
+    Raises:
+      ConversionError: it claims to hold more than a file of its size can.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise ConversionError(f"{path} is not a complete PyTorch file: {_first_sentence(str(error))}") from error
+    claimed = sum(member.file_size for member in members)
+    if claimed > path.stat().st_size + INFLATED:
+        raise ConversionError(
+            f"{path} claims to hold {claimed:,} bytes in a file of {path.stat().st_size:,}: "
+            f"expected an archive of torch.save, which compresses no tensors"
+        )
+    inside = [member.filename.partition("/")[2] for member in members]
+    return "constants.pkl" in inside and any(name.startswith("code/") for name in inside)
+
+
+def _read_torchscript(path: Path) -> Tensors:
+    """The tensors of a TorchScript archive. Its code is compiled by TorchScript; no Python runs."""
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that TorchScript is deprecated
+            state = torch.jit.load(str(path), map_location="cpu").state_dict()
+    except Exception as error:  # as above
+        reason = _first_sentence(str(error)) or repr(error)
+        raise ConversionError(f"{path} is not a complete TorchScript archive: {reason}") from error
+    return _arrays(_bounded(path, state))
+
+
+def _bounded(path: Path, state: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The state, unless a tensor repeats a few bytes of the file: such a one may claim any size."""
+    import torch
+
+    size = path.stat().st_size
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if large := [name for name, value in tensors.items() if value.numel() * value.element_size() > size]:
+        raise ConversionError(f"{path} has {size:,} bytes, but these tensors claim more: {', '.join(map(str, large))}")
+    return state
 
 
 def _first_sentence(message: str) -> str:
-    return re.split(r"\.\s|\n", message.strip())[0]
+    message = re.sub(r"^\[enforce fail at [^\]]*\][\s.]*", "", message.strip())  # a line of torch's own source
+    return re.split(r"\.\s|\n", message)[0]
 
 
-def _state_dict(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
+def _state_dict(content: Mapping[Any, Any], branch: Branch | None) -> Mapping[Any, Any]:
     """Training checkpoints keep the state dict one level down, among optimiser states and counters."""
-    for name in ("teacher", "state_dict", "model"):
+    for name in (branch or "teacher", "model_ema", "state_dict", "model"):
         if isinstance(content.get(name), Mapping):
             return content[name]
-    return content
+    return content if branch is None else {name: content[name] for name in of_branch(content, branch)}
+
+
+def of_branch(names: Iterable[Any], branch: Branch) -> list[str]:
+    """Those of the names that belong to one network of two."""
+    every = [*map(str, names)]
+    chosen = [name for name in every if name.startswith(f"{branch}.")]
+    if not chosen:
+        raise ConversionError(f"the checkpoint holds no {branch}: it holds {', '.join(every[:5])} ..")
+    return chosen
 
 
 def _arrays(state: Mapping[Any, Any]) -> dict[str, np.ndarray]:
     if foreign := [name for name, value in state.items() if not (isinstance(name, str) and hasattr(value, "shape"))]:
-        raise ConversionError(f"not a state dict of names and tensors: {', '.join(map(repr, foreign[:10]))}")
+        like = looks_like(map(str, state))
+        raise ConversionError(
+            f"not a state dict of names and tensors: {', '.join(map(repr, foreign[:10]))}"
+            f"{f'; it looks like {like}' if like else ''}"
+        )
     arrays, problems = {}, []
     for name, value in state.items():
         try:
@@ -157,16 +259,18 @@ def _array(tensor: Any) -> np.ndarray:
 
         if isinstance(tensor, torch.Tensor):
             tensor = tensor.detach().cpu()
-            # NumPy has no bfloat16 of its own; float32 holds every bfloat16 exactly.
-            return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+            if tensor.dtype != torch.bfloat16:
+                return tensor.numpy()
+            # NumPy has no bfloat16 of its own. No copy is made: the tensor may be a part of a file that is only mapped.
+            return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
     return np.asarray(tensor)
 
 
 # Folders and hubs -----------------------------------------------------------------------------------------------------
 
 
-def _folder(folder: Path) -> Source:
-    """A folder as transformers and timm write them: weights, perhaps in shards, and their config."""
+def _folder(folder: Path, branch: Branch | None = None) -> Source:
+    """A folder as transformers, timm and OpenCLIP write them: weights, perhaps in shards, and their config."""
     present = [name for name in WEIGHT_FILES if (folder / name).is_file()]
     if not present:
         raise ConversionError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}")
@@ -176,13 +280,42 @@ def _folder(folder: Path) -> Source:
         where = _json(weights).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
             raise ConversionError(f"{weights} has no weight_map from names of tensors to names of files")
+        if elsewhere := sorted(name for name in set(where.values()) if name != Path(name).name):
+            raise ConversionError(f"{weights} names files outside its folder: {', '.join(elsewhere)}")
         files = [folder / name for name in sorted(set(where.values()))]
         if absent := [file.name for file in files if not file.is_file()]:
             raise ConversionError(f"{folder} lacks the shards {', '.join(absent)} that {weights.name} names")
-    parts = [_read(file) for file in files]
+    open_clip = weights.name in OPEN_CLIP
+    configs = [folder / name for name in CONFIG_FILES if (name == OPEN_CLIP_CONFIG) == open_clip]
+    # Before anything is read: of a file that is not what the hub says it is, nothing is.
+    description = {"kind": "folder", "path": folder.name, "sha256": {file.name: _checked(file) for file in files}}
+    if told := {file.name: _checked(file) for file in configs if file.is_file()}:
+        description["config sha256"] = told
+    parts = [_read(file, branch) for file in files]
     tensors = parts[0] if len(parts) == 1 else _Joined(parts)
-    description = {"kind": "folder", "path": folder.name, "sha256": {file.name: sha256(file) for file in files}}
+    if open_clip:
+        return Source(tensors, description, open_clip_hints(folder / OPEN_CLIP_CONFIG), dict(OPENAI.ignored))
     return Source(tensors, description, _config_hints(folder))
+
+
+def _checked(file: Path) -> str:
+    """The sha256 of a file. In the cache of the hub's client it must be the one that the hub gave for it.
+
+    There, files of snapshots are links to blobs/<checksum>. Of large files that is the sha256, of small ones git's own,
+    which is shorter; where the system has no links, none is known. Only the first link counts: what it leads to may be
+    a link in turn, to a store in which names have another meaning.
+
+    Raises:
+      ConversionError: it is another.
+    """
+    found = sha256(file)
+    blob = file.readlink() if file.is_symlink() else file
+    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != found:
+        raise ConversionError(
+            f"{file.name} from the hub is damaged or was replaced, its sha256 starts with {found[:12]} instead of "
+            f"{blob.name[:12]}: delete {file.resolve()} and load again to fetch it anew"
+        )
+    return found
 
 
 class _Joined(Renamed):
@@ -199,7 +332,8 @@ class _Joined(Renamed):
 def _config_hints(folder: Path) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     if (folder / "config.json").is_file():
-        hints |= transformers_hints(_json(folder / "config.json"))
+        config = _json(folder / "config.json")
+        hints |= folder_hints(config) if "architecture" in config else transformers_hints(config)
     if (folder / "preprocessor_config.json").is_file():
         p = _json(folder / "preprocessor_config.json")
         size, crop = p.get("size"), p.get("crop_size")
@@ -213,17 +347,61 @@ def _config_hints(folder: Path) -> dict[str, Any]:
     return hints
 
 
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+"""transformers' names of activations, and the config's."""
+
+
 def transformers_hints(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a transformers config says that shapes do not; empty for the config.json of a timm folder."""
+    """What a transformers config says that shapes do not; empty for the config.json of another library."""
     if "model_type" not in config:
         return {}
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise ConversionError(f"the config's activation is {config['hidden_act']!r}; DINOv2 has the exact GELU, 'gelu'")
+    kind = str(config["model_type"])
+    if isinstance(config.get("vision_config"), Mapping):  # a CLIP of both sides
+        config = config["vision_config"]
+    act = config.get("hidden_act", "quick_gelu" if kind.startswith("clip") else "gelu")
+    if act not in ACTIVATIONS and not (act == "silu" and config.get("use_gated_mlp")):
+        raise ConversionError(f"the config's activation is {act!r}; known: {', '.join(ACTIVATIONS)}")
+    if kind.startswith("dinov2") and act != "gelu":
+        raise ConversionError(f"the config's activation is {act!r}; DINOv2 has the exact GELU, 'gelu'")
     names = {"heads": "num_attention_heads", "eps": "layer_norm_eps"}
     names |= {"depth": "num_hidden_layers", "registers": "num_register_tokens"}
     hints = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
     if wrong := [names[name] for name, value in hints.items() if not isinstance(value, int | float)]:
         raise ConversionError(f"the config's {', '.join(wrong)} should be numbers")
+    gated = config.get("use_swiglu_ffn") or config.get("use_gated_mlp")
+    return hints if gated else {**hints, "mlp": ACTIVATIONS[act]}
+
+
+def open_clip_hints(path: Path) -> dict[str, Any]:
+    """What an open_clip_config.json says that shapes do not; nothing if there is none.
+
+    Raises:
+      ConversionError: it makes no sense, or sets what is not known here and no tensor shows.
+    """
+    if not path.is_file():
+        return {}
+    content = _json(path)
+    try:
+        model, prepare = content["model_cfg"], content.get("preprocess_cfg") or {}
+        vision = model["vision_cfg"]
+        hints = architecture_hints(vision["timm_model_name"]) if vision.get("timm_model_name") else {}
+        if vision.get("timm_pool"):
+            hints["pool"] = POOLS[vision["timm_pool"]]
+        side = vision.get("image_size", 224)
+        if not hints:
+            pooled = vision.get("pool_type", "tok") != "tok" or vision.get("final_ln_after_pool")
+            if pooled or vision.get("attentional_pool") or set(vision.get("act_kwargs") or {}) - {"approximate"}:
+                raise ConversionError(f"{path} asks for a pooling or activation that is not known here")
+            tanh = (vision.get("act_kwargs") or {}).get("approximate") == "tanh"
+            hints["mlp"] = "quick_gelu" if model.get("quick_gelu") else "gelu_tanh" if tanh else "gelu"
+            hints["heads"] = vision["width"] // vision.get("head_width", 64)
+            hints["eps"] = float((vision.get("norm_kwargs") or {}).get("eps", 1e-5))
+        if "mean" in prepare:
+            hints["preprocess"] = Preprocess(side, side, tuple(prepare["mean"]), tuple(prepare["std"]))
+    except ConversionError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConversionError(f"{path} makes no sense: {error!r}") from error
     return hints
 
 
@@ -237,25 +415,53 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _hub(repo: str, revision: str | None) -> Source:
+def _hub(repo: str, revision: str | None, branch: Branch | None) -> Source:
     try:
         import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
     except ImportError:
         raise ConversionError(
             f"{repo} is no path here; to fetch it from the hub, pip install 'jaxvit[convert]'"
         ) from None
+
+    def fetch(*names: str) -> Path:
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(names)))
+
+    def held() -> list[str]:
+        return [name for name in WEIGHT_FILES if (folder / name).is_file()]
+
     try:
-        folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
-        if not any((folder / name).is_file() for name in WEIGHT_FILES):
-            huggingface_hub.hf_hub_download(repo, "pytorch_model.bin", revision=folder.name)
-    except (HfHubHTTPError, EntryNotFoundError, RevisionNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConversionError(f"{repo} is no path here, and the hub did not give it: {reason}") from error
-    source = _folder(folder)
+        folder = fetch(*CONFIG_FILES)
+        for weights in HUB_FILES:
+            # Of shards, some may be here from a download that broke off.
+            if not held() or INDEX in held():
+                folder = fetch(*CONFIG_FILES, *weights)
+            if held():
+                break
+    except Exception as error:  # the client's, its HTTP library's and the system's have no common class
+        raise ConversionError(
+            f"{repo} is no path here, and the hub did not give it: {_refusal(error, revision)}"
+        ) from error
+    if not held():
+        raise ConversionError(f"{repo} on the hub holds none of {', '.join(WEIGHT_FILES)}")
+    source = _folder(folder, branch)
     # A snapshot's folder is named after its commit.
     source.description |= {"kind": "hub", "path": repo, "revision": folder.name}
+    if revision is not None and revision != folder.name:
+        source.description["revision given"] = revision
     return source
+
+
+def _refusal(error: Exception, revision: str | None) -> str:
+    """Why the hub's client gave up. The first lines of its own messages are often only a status and a request's id."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):  # a RepositoryNotFoundError too
+        return "it is gated: accept its terms on its page there, and set HF_TOKEN to a token of yours"
+    if isinstance(error, RepositoryNotFoundError):
+        return "it has no such repository, or a private one that needs HF_TOKEN set to a token that may read it"
+    if isinstance(error, RevisionNotFoundError):
+        return f"the repository has no revision {revision}"
+    return _first_sentence(str(error)).removeprefix("Got: ") or type(error).__name__
 
 
 # Live modules ---------------------------------------------------------------------------------------------------------
@@ -265,15 +471,14 @@ def _module(module: Any) -> Source:
     kind = type(module)
     config = getattr(module, "config", None)
     hints = transformers_hints(config.to_dict()) if config is not None and hasattr(config, "to_dict") else {}
-    if hasattr(module, "blocks") and hasattr(module.blocks[0], "attn"):
+    if kind.__module__.startswith("timm.") and hasattr(module, "blocks"):
+        hints = module_hints(module)
+    elif hasattr(module, "blocks") and hasattr(module.blocks[0], "attn"):
         block = module.blocks[0]
         hints = {"heads": block.attn.num_heads, "eps": block.norm1.eps, "depth": len(module.blocks)}
-        # Of activations, a state dict says nothing. timm's gated MLPs have a gate_last; Meta's have no module `act`.
-        act, gated = getattr(block.mlp, "act", None), hasattr(block.mlp, "gate_last")
-        exact = type(act).__name__ == ("SiLU" if gated else "GELU") and getattr(act, "approximate", "none") == "none"
-        if (act is not None and not exact) or getattr(block.mlp, "gate_last", False):
-            raise ConversionError(
-                f"the module's MLP has {act}: expected the exact GELU, or SiLU on the first half of fc1"
-            )
+        # Of activations, a state dict says nothing. Meta's gated MLPs have no module `act`.
+        act = getattr(block.mlp, "act", None)
+        if act is not None and (type(act).__name__ != "GELU" or getattr(act, "approximate", "none") != "none"):
+            raise ConversionError(f"the module's MLP has {act}: expected the exact GELU")
     description = {"kind": "module", "path": f"{kind.__module__}.{kind.__qualname__}"}
     return Source(_arrays(module.state_dict()), description, hints)

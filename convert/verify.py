@@ -22,10 +22,10 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 import jaxvit
-from convert import versions
+from convert import Reading, versions
 from convert.engine import ConversionError
 from convert.originals import READ, Original, Values, original_of
 from convert.sources import sha256
@@ -139,7 +139,7 @@ TRACE_BYTES = 2**29
 
 
 def run(model: ViT, images: np.ndarray, dtype: str, precise: bool = True) -> Iterator[Values]:
-    """jaxvit's values at the sites that originals have, all tokens and all query rows: layer by layer, then `final`.
+    """jaxvit's values at the sites that originals have, all tokens and all query rows: layer by layer, then `results`.
 
     It is the model's own scan over its blocks: over all of them where what it records is small, and otherwise over as
     many at a time as TRACE_BYTES allows, each scan on the stream that the last one left.
@@ -148,7 +148,8 @@ def run(model: ViT, images: np.ndarray, dtype: str, precise: bool = True) -> Ite
       precise: matrix products at the highest precision the backend has, not at its default.
     """
     options = PRECISE_ON_CPU if precise and jax.default_backend() == "cpu" else {}
-    embed, forward = compiled_by(tuple(options.items()))
+    grid = model.config.layout(*images.shape[1:3]).grid
+    embed, forward = compiled_by(tuple(options.items()), grid if model.config.rope else None)
     config = model.config
     layers = layers_at_a_time(config, images, dtype)
     with arithmetic(dtype, precise):
@@ -162,10 +163,17 @@ def run(model: ViT, images: np.ndarray, dtype: str, precise: bool = True) -> Ite
             stream = out.tokens
         values = [{site: value[layer] for site, value in trace.items()} for layer in range(layers)]
         if start + layers == model.config.depth:
-            values.append({"final": np.concatenate([out.cls[:, None], out.registers, out.patches], axis=1)})
+            values.append({name: np.asarray(a) for name, a in results(out).items()})
         del out, trace
         while values:
             yield values.pop(0)  # held by nobody but who asked for it
+
+
+def results(out: Output) -> dict[str, jax.Array]:
+    """What is computed of the last block's tokens: all of them after the final norm, the pooled one, logits."""
+    cls = [] if out.cls is None else [out.cls[:, None]]
+    values = {"final": jnp.concatenate([*cls, out.registers, out.patches], axis=1), "pooled": out.pooled}
+    return values if out.logits is None else {**values, "logits": out.logits}
 
 
 @contextmanager
@@ -198,11 +206,13 @@ def layers_at_a_time(config: ViTConfig, images: np.ndarray, dtype: str) -> int:
 
 
 @cache
-def compiled_by(options: tuple[tuple[str, Any], ...]) -> tuple[Callable[..., jax.Array], Callable[..., Output]]:
+def compiled_by(
+    options: tuple[tuple[str, Any], ...], grid: tuple[int, int] | None
+) -> tuple[Callable[..., jax.Array], Callable[..., Output]]:
     """What enters the blocks, and what they do with it; kept, so that models of the same sizes compile once."""
     record = {site: Take(tokens="all") for site in READ}
     embed = jax.jit(lambda model, images: model.embed(images), compiler_options=dict(options))
-    forward = jax.jit(lambda model, x: model.run_from(0, x, record=record), compiler_options=dict(options))
+    forward = jax.jit(lambda model, x: model.run_from(0, x, None, record, grid), compiler_options=dict(options))
     return embed, forward
 
 
@@ -265,6 +275,7 @@ def certificate(
         "original": original.name,
         "limits": {"float64 error": FLOAT64_LIMIT, "float32 error / the original's": FLOAT32_LIMIT},
         "sha256": dict(checksums),
+        "sha256 of the original": dict(original.checksums),
         "versions": versions("jaxvit", "jax", "jaxlib", "flax", "torch", "timm", "transformers"),
         "sizes": {
             size: {
@@ -302,11 +313,11 @@ def table(comparisons: Mapping[str, Comparison]) -> str:
 
 
 def differing_sizes(ours: ViTConfig, theirs: ViTConfig) -> str:
-    names = ("depth", "width", "heads", "hidden", "mlp", "registers", "patch", "grid")
+    names = [field.name for field in fields(ViTConfig) if field.compare]
     return ", ".join(
         f"{name} {getattr(ours, name)} and {getattr(theirs, name)}"
         for name in names
-        if getattr(ours, name) != getattr(theirs, name)
+        if name not in ("resampling", "preprocess") and getattr(ours, name) != getattr(theirs, name)
     )
 
 
@@ -314,8 +325,8 @@ def verify_folder(
     folder: str | os.PathLike[str],
     source: Any,
     sizes: Sequence[Size] | None = None,
-    revision: str | None = None,
     progress: bool = False,
+    **known: Unpack[Reading],
 ) -> dict[str, Comparison]:
     """Compares a converted folder with its original and writes parity.json into it.
 
@@ -329,7 +340,7 @@ def verify_folder(
             model.config.layout(*size)
     except ValueError as error:
         raise ConversionError(str(error)) from None
-    original = original_of(source, model.config.resampling, revision)
+    original = original_of(source, model.config.resampling, **known)
     if differ := differing_sizes(model.config, original.config):
         raise ConversionError(f"{folder} and the original are different models: {differ}")
     comparisons = verify(model, original, sizes, progress=progress)

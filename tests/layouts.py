@@ -175,7 +175,7 @@ def transformers_state(config: ViTConfig, n: Mapping[str, np.ndarray], prefix: s
     return {prefix + name: array for name, array in state.items()}
 
 
-WRITERS = {"dinov2/hub": hub_state, "dinov2/timm": timm_state, "dinov2/transformers": transformers_state}
+WRITERS = {"dinov2/hub": hub_state, "timm": timm_state, "dinov2/transformers": transformers_state}
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import types
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -43,15 +44,15 @@ from convert.engine import Layout, check_table, convert_tensors, copy
 from convert.originals import build_timm, build_transformers
 from convert.sources import Source
 from experiments.embedded import MODEL_SHA256, model_file, photographs
-from jaxvit.params import to_params
+from jaxvit.params import from_params, to_params
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = {f"{mlp}-{registers}": tiny(mlp, registers) for mlp in ("gelu", "swiglu") for registers in (0, 4)}
 RESAMPLING = {
     ("dinov2/hub", False): "bicubic_offset",
     ("dinov2/hub", True): "bicubic_antialias",
-    ("dinov2/timm", False): "bicubic_antialias",
-    ("dinov2/timm", True): "bicubic_antialias",
+    ("timm", False): "bicubic_antialias",
+    ("timm", True): "bicubic_antialias",
     ("dinov2/transformers", False): "bicubic",
     ("dinov2/transformers", True): "bicubic_antialias",
 }
@@ -102,20 +103,22 @@ def fails(source, *words, **arguments):
 
 
 def test_tables_are_total(family):
+    config, n = family
     for one in LAYOUTS:
-        check_table(one, family[0])
+        if one.name in WRITERS:
+            check_table(one, config, WRITERS[one.name](config, n))
 
 
 @pytest.mark.parametrize("change", ["not set", "unknown", "twice"])
 def test_check_table_finds_what_is_wrong(change):
     good = LAYOUTS[0]
     rules = {
-        "not set": lambda c: good.rules(c)[1:],
-        "unknown": lambda c: [*good.rules(c), copy("a", "b")],
-        "twice": lambda c: [*good.rules(c), copy("a", "norm.bias")],
+        "not set": lambda c, t: good.rules(c, t)[1:],
+        "unknown": lambda c, t: [*good.rules(c, t), copy("a", "b")],
+        "twice": lambda c, t: [*good.rules(c, t), copy("a", "norm.bias")],
     }[change]
     with pytest.raises(ConversionError, match=change):
-        check_table(Layout(good.name, good.anchors, good.config, rules), CONFIG)
+        check_table(Layout(good.name, good.anchors, good.config, rules), CONFIG, HUB)
 
 
 def test_writers_write_what_the_libraries_read(family, tmp_path):
@@ -123,7 +126,7 @@ def test_writers_write_what_the_libraries_read(family, tmp_path):
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     config, n = family
-    module = build_timm(config, class_has_position=not config.registers)
+    module = build_timm(config, positioned=not config.registers)
     module.load_state_dict(tensors(timm_state(config, n)), strict=True)
     filtered = checkpoint_filter_fn(tensors(hub_state(config, n)), build_timm(config, not config.registers))
     assert set(filtered) == set(module.state_dict())
@@ -159,10 +162,18 @@ def test_chunks_of_more_than_ten_blocks():
 
 
 def test_classifier():
-    head = {"classifier.weight": np.ones((5, 128), np.float32), "classifier.bias": np.zeros(5, np.float32)}
+    """transformers' classifiers read [CLS] and the mean of the patches; they stand beside the backbone."""
+    weight = np.random.default_rng(0).normal(size=(5, 128)).astype(np.float32)
+    head = {"classifier.weight": weight, "classifier.bias": np.ones(5, np.float32)}
     for config, prefix in ((tiny(), "dinov2."), (CONFIG, "dinov2_with_registers.")):
         n = numbers(config)
-        assert_holds(convert.load(transformers_state(config, n, prefix) | head), config, n)
+        model = convert.load(transformers_state(config, n, prefix) | head)
+        assert (model.config.classes, model.config.pool) == (5, "cls_mean")
+        params = to_params(model)
+        np.testing.assert_array_equal(params.pop("head.linear.kernel"), weight.T)
+        np.testing.assert_array_equal(params.pop("head.linear.bias"), np.ones(5))
+        backbone = from_params(replace(model.config, classes=0, pool="cls"), params)
+        assert_holds(backbone, config, n)
 
 
 def test_overrides():
@@ -292,14 +303,15 @@ def test_live_transformers_module():
 def test_live_classifier():
     module = transformers.Dinov2ForImageClassification(build_transformers(tiny(heads=2)).config)
     model = convert.load(randomised(module))
-    assert_same(model, convert.load(module.dinov2))
-    assert model.config.heads == 2
+    assert (model.config.heads, model.config.classes, model.config.pool) == (2, 2, "cls_mean")
+    params = {name: a for name, a in to_params(model).items() if not name.startswith("head.")}
+    assert_same(from_params(replace(model.config, classes=0, pool="cls"), params), convert.load(module.dinov2))
 
 
 def test_live_timm_module(family):
     config, n = family
     config = jaxvit.ViTConfig.from_dict(config.to_dict() | {"heads": 2, "grid": [4, 4]})
-    module = build_timm(config, class_has_position=not config.registers)
+    module = build_timm(config, positioned=not config.registers)
     module.load_state_dict(tensors(timm_state(config, n)), strict=True)
     model = convert.load(module)
     assert_holds(model, config, n)
@@ -307,13 +319,17 @@ def test_live_timm_module(family):
 
 
 def test_activation_of_a_live_timm_module():
-    module = build_timm(tiny(), class_has_position=True)
-    for act in (torch.nn.GELU(approximate="tanh"), torch.nn.SiLU(), torch.nn.ReLU()):
+    module = build_timm(tiny(), positioned=True)
+    for act in (torch.nn.SiLU(), torch.nn.ReLU()):
         module.blocks[0].mlp.act = act
-        fails(module, "MLP", str(act), "GELU")
-    module = build_timm(tiny("swiglu"), class_has_position=True)
+        fails(module, "MLP", str(act))
+    module.blocks[0].mlp.act = torch.nn.GELU(approximate="tanh")
+    fails(module, "its blocks differ")
+    module.blocks[1].mlp.act = torch.nn.GELU(approximate="tanh")
+    assert convert.load(module).config.mlp == "gelu_tanh"
+    module = build_timm(tiny("swiglu"), positioned=True)
     module.blocks[0].mlp.gate_last = True
-    fails(module, "MLP", "first half")
+    fails(module, "MLP", "GluMlp")
 
 
 @pytest.mark.parametrize("shards", [False, True])
@@ -329,12 +345,20 @@ def test_published_folder(family, tmp_path, shards):
     assert convert.load(tmp_path).config.heads == 2
 
 
-def test_timm_folder(family, tmp_path):
-    config, n = family
+def test_timm_folder(tmp_path):
+    """Of heads, the architecture is asked, and of the preparation of images, the pretrained_cfg."""
+    config, n = replace(CONFIG, heads=16), NUMBERS
     write_safetensors(tmp_path / "model.safetensors", timm_state(config, n))
-    about = {"architecture": "vit_small_patch14_reg4_dinov2", "num_classes": 0, "pretrained_cfg": {"hidden_act": "x"}}
+    prepared = {"input_size": [3, 56, 56], "crop_pct": 0.875, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    about = {"architecture": "vit_large_patch14_reg4_dinov2", "num_classes": 0, "pretrained_cfg": prepared}
     (tmp_path / "config.json").write_text(json.dumps(about))
-    assert_holds(convert.load(tmp_path), config, n)
+    model = convert.load(tmp_path)
+    assert_holds(model, config, n)
+    assert model.config.preprocess == jaxvit.Preprocess(64, 56, (0.5,) * 3, (0.25,) * 3)
+    (tmp_path / "config.json").write_text(json.dumps(about | {"model_args": {"act_layer": "relu", "img_size": 56}}))
+    fails(tmp_path, "changes the architecture", "act_layer")
+    (tmp_path / "config.json").write_text(json.dumps(about | {"architecture": "resnet50"}))
+    fails(tmp_path, "resnet50", "none of timm's plain Vision Transformers")
 
 
 def test_folder_of_a_pickle(tmp_path):
@@ -542,12 +566,15 @@ def test_every_offender_is_named():
 def test_every_name_counts(layout_name):
     """Without any one tensor, or with any one more, nothing converts.
 
-    But a model is complete without a mask token, and where no config stands beside it, without registers.
+    But a model is complete without a mask token, and where no config stands beside it, without registers; and timm has
+    models without positions, and without biases of queries, keys and values.
     """
     config = tiny(registers=4, depth=1)
     state = WRITERS[layout_name](config, numbers(config))
+    spare = ("mask_token", "register_tokens", "reg_token")
+    spare += ("pos_embed", "attn.qkv.bias") if layout_name == "timm" else ()
     for name in state:
-        if not name.endswith(("mask_token", "register_tokens")):
+        if not name.endswith(spare):
             fails({key: array for key, array in state.items() if key != name})
     fails(state | {f"{name}.more": state[name] for name in state}, *(f"{name}.more is not expected" for name in state))
 
@@ -669,8 +696,8 @@ STATES = {
     name: WRITERS[layout](FAMILIES[key], numbers(FAMILIES[key]))
     for name, layout, key in (
         ("hub", "dinov2/hub", "gelu-4"),
-        ("timm", "dinov2/timm", "gelu-0"),
-        ("timm swiglu", "dinov2/timm", "swiglu-4"),
+        ("timm", "timm", "gelu-0"),
+        ("timm swiglu", "timm", "swiglu-4"),
         ("transformers", "dinov2/transformers", "swiglu-4"),
     )
 }
@@ -772,7 +799,7 @@ def test_pickles_of_other_things(tmp_path):
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
 def test_torchscript(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "some.pt"))
-    fails(tmp_path / "some.pt", "TorchScript")
+    fails(tmp_path / "some.pt", "known layout")
 
 
 def test_broken_pickles(tmp_path):
@@ -841,7 +868,7 @@ def test_shard_index(tmp_path, text):
     "change, words",
     [
         ({"hidden_act": "quick_gelu"}, ["quick_gelu", "exact GELU"]),
-        ({"num_hidden_layers": 3, "num_register_tokens": 5}, ["2 depth, not 3", "4 registers, not 5"]),
+        ({"num_hidden_layers": 3, "num_register_tokens": 5}, ["depth 2, not 3", "registers 4, not 5"]),
         ({"num_attention_heads": 5}, ["64", "heads, 5"]),
         ({"num_attention_heads": "six"}, ["num_attention_heads", "numbers"]),
         ({"layer_norm_eps": None}, ["layer_norm_eps", "numbers"]),

@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 
 from layouts import expected, hub_state, numbers, timm_state, tiny, transformers_state, write_safetensors, write_shards
 
+import convert
 import jaxvit
 from convert.__main__ import main
 from convert.verify import Size
@@ -94,7 +95,9 @@ def state_of(folder):
 
 def test_converts(source, dest, succeeds):
     out = succeeds(source, dest)
-    assert out == f"wrote {dest}: 1 blocks of width 64, 1 heads, 4 registers, gelu\n"
+    assert (
+        out == f"wrote {dest}: 1 blocks of width 64, 1 heads, gelu MLP, 4 registers, patches of 14 px, a grid of 4x4\n"
+    )
     assert names(dest) == ["config.json", "model.safetensors"]
     assert names(dest.parent) == ["tiny"]
     assert_holds(dest, NUMBERS)
@@ -262,7 +265,7 @@ def damaged(folder):
         "empty folder": (empty, ["model.safetensors"]),
         "missing shard": (shards, ["model-00002-of-00002.safetensors"]),
         "broken index": (index, ["index.json", "not JSON"]),
-        "activation": (act, ["relu", "GELU"]),
+        "activation": (act, ["relu", "gelu"]),
         "newline": (tensors("newline", HUB | {"a\nb": np.zeros(3, np.float32)}), ["a b is not expected"]),
         "hub id": ("a..b/c--d", ["a..b/c--d", "hub"]),
     }
@@ -288,6 +291,7 @@ def test_verify(tmp_path, source, dest, succeeds, capsys):
     assert parity["sha256"] == {
         "model.safetensors": hashlib.sha256((dest / "model.safetensors").read_bytes()).hexdigest()
     }
+    assert parity["sha256 of the original"] == {source.name: hashlib.sha256(source.read_bytes()).hexdigest()}
     assert {"jax", "torch", "timm", "transformers"} <= set(parity["versions"])
     assert set(parity["sizes"]) == {small}
     measured = parity["sizes"][small]
@@ -295,6 +299,10 @@ def test_verify(tmp_path, source, dest, succeeds, capsys):
     assert measured["worst float32 ratio"] <= 2
     assert len(measured["float32"]["resid_post"]) == CONFIG.depth
     assert set(measured["float32"]) == set(measured["float64"]) == set(measured["float32 of the original"])
+    shown = succeeds("show", dest)
+    assert shown.strip() == jaxvit.describe(dest) == jaxvit.load(dest).description
+    for word in ("parity: equal", small, f"{measured['worst float64']:.1e}", parity["original"], source.name):
+        assert word in shown
 
     changed = {name: array.copy() for name, array in HUB.items()}
     changed["blocks.0.mlp.fc2.weight"][3, 5] += 1e-3
@@ -328,3 +336,81 @@ def test_convert_and_verify(source, dest, capsys, monkeypatch):
     assert out.startswith(f"wrote {dest}") and "equal within the limits" in out
     sizes = json.loads((dest / "parity.json").read_text())["sizes"]
     assert set(sizes) == {"14x14"} and "comparing at 14x14 with timm" in err
+
+
+# Showing, listing, exporting ------------------------------------------------------------------------------------------
+
+
+def test_show(source, dest, succeeds, fails, usage):
+    succeeds(source, dest)
+    shown = succeeds("show", dest)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    for words in (
+        "1 blocks of width 64",
+        "4 registers",
+        f"sha256 {digest}",
+        "layout dinov2/hub",
+        "parity: not verified",
+    ):
+        assert words in shown
+    fails("show", dest / "nothing", words=["nothing"])
+    (dest / "parity.json").write_text('{"passed": true}')
+    fails("show", dest, words=["parity.json", "not a certificate"])
+    usage("show")
+
+
+def test_what_is_shown_is_no_part_of_what_is_computed(source, dest, succeeds):
+    """Programs are shared by models that differ in nothing but where they come from, and files do not keep it twice."""
+    succeeds(source, dest)
+    loaded, live = jaxvit.load(dest), convert.load(source)
+    assert loaded.description != live.description and loaded.config == live.config
+    assert jax.tree.structure(loaded) == jax.tree.structure(live)
+    assert "origin" not in json.loads((dest / "config.json").read_text())["config"]
+    assert jax.tree.map(lambda a: a, loaded).description == loaded.description
+
+
+def test_list(succeeds):
+    lines = succeeds("list").splitlines()
+    for words in (
+        ("DINOv2", "S/14", "22 M", "0.09 GB", "Apache-2.0", "facebook/dinov2-small", "dinov2_vits14_pretrain.pth"),
+        ("DINOv2", "G/14", "1136 M", "4.55 GB", "facebook/dinov2-giant"),
+        ("DINOv3", "7B/16", "6716 M", "DINOv3 License", "facebook/dinov3-vit7b16-pretrain-lvd1689m"),
+        ("DeiT III", "H/14", "632 M", "timm/deit3_huge_patch14_224.fb_in1k"),
+        ("CLIP", "B/32", "88 M", "MIT", "openai/clip-vit-base-patch32", "ViT-B-32.pt"),
+        ("DINO", "S/8", "22 M", "timm/vit_small_patch8_224.dino"),
+        ("iBOT", "L/16", "303 M"),
+    ):
+        assert any(all(word in line for word in words) for line in lines), words
+
+
+def test_export(tmp_path, source, dest, succeeds, fails, usage):
+    succeeds(source, dest)
+    file = tmp_path / "back.safetensors"
+    assert str(file) in succeeds("export", dest, file, "--layout", "timm")
+    assert_same_numbers(convert.load(file), jaxvit.load(dest))
+    fails("export", dest, file, "--layout", "timm", words=[file, "exists"])
+    succeeds("export", dest, file, "--layout", "hub", "--overwrite")
+    fails("export", tmp_path / "gone", file, "--layout", "hub", words=["gone"])
+    usage("export", dest, file, words=["--layout"])
+    usage("export", dest, file, "--layout", "onnx", words=["timm", "transformers", "hub"])
+
+
+def assert_same_numbers(a, b):
+    for name, array in to_params(a).items():
+        np.testing.assert_array_equal(array, to_params(b)[name], err_msg=name)
+
+
+def test_what_no_file_tells(tmp_path, dest, succeeds, fails, usage):
+    clip = {"norm_pre.weight": np.ones(64, np.float32), "norm_pre.bias": np.zeros(64, np.float32)}
+    bare = write_safetensors(
+        tmp_path / "bare.safetensors", without(timm_state(CONFIG, NUMBERS), "patch_embed.proj.bias") | clip
+    )
+    fails(bare, dest, words=["activation", "--architecture"])
+    fails(bare, dest, "--architecture", "resnet50", words=["resnet50", "none of timm's"])
+    fails(bare, dest, "--set", "heads=1", "--set", "colour=red", words=["colour", "mlp"])
+    usage(bare, dest, "--set", "heads", words=["FIELD=VALUE"])
+    succeeds(bare, dest, "--set", "heads=1", "--set", "mlp=quick_gelu", "--set", "eps=1e-5")
+    config = jaxvit.load(dest).config
+    assert (config.heads, config.mlp, config.eps, config.pre_norm) == (1, "quick_gelu", 1e-5, True)
+    assert "config given: {'heads': 1" in succeeds("show", dest)
+    fails(bare, dest, "--set", "heads=1", "--branch", "student", "--overwrite", words=["no student"])

@@ -1,0 +1,153 @@
+"""CLIP's image encoders: OpenAI's archives and OpenCLIP's files, which share their names, and transformers'.
+
+Only the image side is converted; the text side is ignored by name. The projection into the space shared with texts is
+`Output.logits`. OpenAI trained with an approximation of GELU, OpenCLIP mostly with GELU itself, and the tensors do not
+tell: OpenAI's archives are known by the three numbers they hold beside their tensors, others need a config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from convert.engine import ConversionError, Layout, Rule, Tensors, joined_linear, linear, norm, patch_conv
+from convert.meta import count_blocks, decide, grid_of, shape_of, square, token_rules
+from jaxvit import Preprocess, ViTConfig
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+TEXT = "the text side of CLIP"
+NUMBERS = ("input_resolution", "context_length", "vocab_size")
+"""What OpenAI's archives hold beside their tensors."""
+
+
+def decided(found: dict[str, Any], hints: Mapping[str, Any], **more: Any) -> ViTConfig:
+    side = found["grid"][0] * found["patch"]
+    told = dict(
+        heads=found["width"] // 64,
+        layer_scale=False,
+        patch_bias=False,
+        pre_norm=True,
+        eps=1e-5,
+        head_bias=False,
+        resampling="bicubic",
+        preprocess=Preprocess(side, side, MEAN, STD),
+    )
+    if "mlp" not in told | more | dict(hints):
+        raise ConversionError(
+            "the tensors of this CLIP do not tell its activation: say config={'mlp': 'quick_gelu'} "
+            "(--set mlp=quick_gelu) if it is OpenAI's or one trained like it, or 'gelu' if not"
+        )
+    return decide(found, told | more, hints)
+
+
+# OpenAI and OpenCLIP --------------------------------------------------------------------------------------------------
+
+BLOCK = "transformer.resblocks.{i}"
+
+
+def openai_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+    width, _, *patch = shape_of(tensors, "conv1.weight", 4)
+    found = dict(
+        depth=count_blocks(tensors, BLOCK),
+        width=width,
+        hidden=shape_of(tensors, f"{BLOCK.format(i=0)}.mlp.c_fc.weight", 2)[0],
+        patch=square(*patch),
+        grid=grid_of(tensors, "positional_embedding", 2, (1,)),
+        classes=shape_of(tensors, "proj", 2)[1] if "proj" in tensors else 0,
+    )
+    own = all(f"{name} (outside visual.)" in tensors for name in NUMBERS)
+    return decided(found, hints, **({"mlp": "quick_gelu"} if own else {}))
+
+
+def openai_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
+    return [
+        *patch_conv("conv1", "patch_embed", bias=False),
+        *token_rules(config, tensors, (), "class_embedding", "positional_embedding"),
+        *norm("ln_pre", "pre_norm"),
+        *norm(f"{BLOCK}.ln_1", "blocks.norm1"),
+        Rule((f"{BLOCK}.attn.in_proj_weight",), ("blocks.attn.qkv.kernel",), lambda w: [w.T]),
+        Rule((f"{BLOCK}.attn.in_proj_bias",), ("blocks.attn.qkv.bias",), lambda b: [b]),
+        *linear(f"{BLOCK}.attn.out_proj", "blocks.attn.proj"),
+        *norm(f"{BLOCK}.ln_2", "blocks.norm2"),
+        *linear(f"{BLOCK}.mlp.c_fc", "blocks.mlp.fc1"),
+        *linear(f"{BLOCK}.mlp.c_proj", "blocks.mlp.fc2"),
+        *norm("ln_post", "norm"),
+        *([Rule(("proj",), ("head.linear.kernel",), lambda w: [w])] if config.classes else []),
+    ]
+
+
+OPENAI = Layout(
+    name="clip/openai",
+    anchors=(
+        "conv1.weight",
+        "class_embedding",
+        "positional_embedding",
+        "ln_pre.weight",
+        "transformer.resblocks.0.attn.in_proj_weight",
+    ),
+    config=openai_config,
+    rules=openai_rules,
+    ignored={
+        **dict.fromkeys(("transformer.* (outside *", "token_embedding.* (outside *", "ln_final.* (outside *"), TEXT),
+        **dict.fromkeys(("positional_embedding (outside *", "text_projection* (outside *"), TEXT),
+        **dict.fromkeys(("text.* (outside *", "attn_mask (outside *", "logit_bias (outside *"), TEXT),
+        "logit_scale (outside *": "the temperature of CLIP's loss",
+        **dict.fromkeys((f"{name} (outside *" for name in NUMBERS), "a number about the archive"),
+    },
+)
+
+
+# transformers ---------------------------------------------------------------------------------------------------------
+
+LAYER = "encoder.layers.{i}"
+
+
+def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+    width, _, *patch = shape_of(tensors, "embeddings.patch_embedding.weight", 4)
+    found = dict(
+        depth=count_blocks(tensors, LAYER),
+        width=width,
+        hidden=shape_of(tensors, f"{LAYER.format(i=0)}.mlp.fc1.weight", 2)[0],
+        patch=square(*patch),
+        grid=grid_of(tensors, "embeddings.position_embedding.weight", 2, (1,)),
+        classes=shape_of(tensors, "visual_projection.weight", 2)[0] if "visual_projection.weight" in tensors else 0,
+    )
+    return decided(found, hints)
+
+
+def transformers_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
+    positions = "embeddings.position_embedding.weight"
+    return [
+        *patch_conv("embeddings.patch_embedding", "patch_embed", bias=False),
+        *token_rules(config, tensors, (), "embeddings.class_embedding", positions),
+        *norm("pre_layrnorm", "pre_norm"),  # so in the published files
+        *norm(f"{LAYER}.layer_norm1", "blocks.norm1"),
+        *joined_linear([f"{LAYER}.self_attn.{name}_proj" for name in "qkv"], "blocks.attn.qkv"),
+        *linear(f"{LAYER}.self_attn.out_proj", "blocks.attn.proj"),
+        *norm(f"{LAYER}.layer_norm2", "blocks.norm2"),
+        *linear(f"{LAYER}.mlp.fc1", "blocks.mlp.fc1"),
+        *linear(f"{LAYER}.mlp.fc2", "blocks.mlp.fc2"),
+        *norm("post_layernorm", "norm"),
+        *(linear("visual_projection", "head.linear", bias=False) if config.classes else ()),
+    ]
+
+
+TRANSFORMERS = Layout(
+    name="clip/transformers",
+    anchors=(
+        "embeddings.class_embedding",
+        "embeddings.patch_embedding.weight",
+        "pre_layrnorm.weight",
+        "encoder.layers.0.self_attn.q_proj.weight",
+    ),
+    config=transformers_config,
+    rules=transformers_rules,
+    ignored={
+        **dict.fromkeys(("text_model.*", "text_projection.*"), TEXT),
+        "logit_scale*": "the temperature of CLIP's loss",
+        "embeddings.position_ids": "counts from 0",
+    },
+    outside=("visual_projection.weight",),
+)
+
+LAYOUTS = (OPENAI, TRANSFORMERS)

@@ -1,0 +1,49 @@
+"""DeiT III as its authors publish it: LayerScale as `gamma_1` and `gamma_2`, positions of patches and none of [CLS].
+
+Of 224 or 384 pixels; classifiers of 1,000 or 21,841 classes come along. The first DeiT, distilled or not, has timm's
+names (`convert.timm`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+from convert.engine import Layout, Tensors
+from convert.meta import PLAIN, Names, read_config, shape_of, table
+from jaxvit import Preprocess, ViTConfig
+
+NAMES = Names(registers=(), scales=("gamma_1", "gamma_2"))
+
+
+def config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+    width, *_, patch = shape_of(tensors, "patch_embed.proj.weight", 4)
+    side = isqrt(shape_of(tensors, "pos_embed", 3)[1]) * patch
+    return read_config(
+        tensors,
+        hints,
+        NAMES,
+        always={**PLAIN, "layer_scale": True},
+        before=(0,),
+        final_norm="tokens",
+        heads=16 if width == 1280 else width // 64,  # huge has heads of 80
+        resampling="bicubic_antialias",
+        preprocess=Preprocess().at(side) if side else Preprocess(),
+    )
+
+
+def is_deit3(tensors: Tensors, hints: Mapping[str, Any]) -> bool:
+    """iBOT calls LayerScale the same, but has a position for [CLS]."""
+    shape = tensors["pos_embed"].shape
+    return len(shape) == 3 and isqrt(shape[1]) ** 2 == shape[1]
+
+
+LAYOUT = Layout(
+    name="deit3",
+    anchors=("cls_token", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.gamma_1"),
+    config=config,
+    rules=lambda config, tensors: table(config, tensors, NAMES),
+    accepts=is_deit3,
+)
+"""Official files keep it under "model"."""

@@ -1,0 +1,174 @@
+"""DINOv3's Vision Transformers (S, S+, B, L, H+, 7B): as Meta, transformers and timm publish them.
+
+Rotary positions on patches alone, registers (Meta: storage tokens), keys without a bias. Meta's files keep the rotary
+periods rounded to bfloat16, and its code reads them; the other two compute them in float32. Meta's keys have a bias and
+a mask of zeros over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from convert.engine import ConversionError, Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv
+from convert.meta import (
+    BLOCK,
+    PLAIN,
+    Names,
+    count_blocks,
+    decide,
+    mlp_rules,
+    read_config,
+    shape_of,
+    square,
+    table,
+    token_rules,
+)
+from jaxvit import ViTConfig
+from jaxvit.positions import rope_periods
+
+FAMILY: dict[str, Any] = dict(
+    eps=1e-5, grid=(14, 14), rope_base=100.0, final_norm="tokens", resampling="bicubic_antialias"
+)
+ALWAYS = {**PLAIN, "layer_scale": True}
+del ALWAYS["qkv_bias"]  # which the 7B has not
+MASK = "stands in for hidden patches during pretraining"
+
+# Meta -----------------------------------------------------------------------------------------------------------------
+
+HUB_NAMES = Names(registers=("storage_tokens",), gates=("w1", "w2"), out="w3")
+PERIODS = "rope_embed.periods"
+
+
+def hub_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+    config = read_config(tensors, hints, HUB_NAMES, always=ALWAYS, rope="bfloat16", **FAMILY)
+    expected = rope_periods(config.head_size, config.rope_base, "bfloat16")
+    if PERIODS in tensors and not np.array_equal(np.asarray(tensors[PERIODS], np.float64), expected):
+        raise ConversionError(f"{PERIODS} are not those of base 100 in bfloat16: rotary positions of another kind")
+    return config
+
+
+def masked(bias: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
+    return [bias * mask.reshape(bias.shape)]  # never broadcast
+
+
+def hub_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
+    bias, mask = f"{BLOCK}.attn.qkv.bias", f"{BLOCK}.attn.qkv.bias_mask"
+    # Without the mask a bias of keys would count, and with rotary positions change attention.
+    both = Rule((bias, mask), ("blocks.attn.qkv.bias",), masked)
+    return [both if rule.sources == (bias,) else rule for rule in table(config, tensors, HUB_NAMES)]
+
+
+HUB = Layout(
+    name="dinov3/hub",
+    anchors=("cls_token", "storage_tokens", "blocks.0.attn.qkv.weight", "blocks.0.ls1.gamma"),
+    config=hub_config,
+    rules=hub_rules,
+    ignored={
+        "mask_token": MASK,
+        PERIODS: "computed, and compared",
+        "local_cls_norm.*": "the norm of [CLS] of the small crops of pretraining",
+    },
+)
+
+# timm -----------------------------------------------------------------------------------------------------------------
+
+
+def timm_names(tensors: Tensors) -> Names:
+    gates = ("fc1_g", "fc1_x") if "blocks.0.mlp.fc1_g.weight" in tensors else ("fc1",)
+    return Names(registers=("reg_token",), scales=("gamma_1", "gamma_2"), gates=gates)
+
+
+def timm_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+    config = read_config(tensors, hints, timm_names(tensors), always=ALWAYS, rope="float32", **FAMILY)
+    return replace(config, qkv_bias="blocks.0.attn.q_bias" in tensors)
+
+
+def timm_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
+    rules = table(replace(config, qkv_bias=False), tensors, timm_names(tensors))
+    return rules + ([keyless(f"{BLOCK}.attn.q_bias", f"{BLOCK}.attn.v_bias")] if config.qkv_bias else [])
+
+
+def keyless(q: str, v: str) -> Rule:
+    """Biases of queries and values; keys have none."""
+
+    def join(q: np.ndarray, v: np.ndarray) -> list[np.ndarray]:
+        if q.shape != v.shape:
+            raise ValueError("may add up to the right shape, but do not belong together")
+        return [np.concatenate([q, np.zeros_like(q), v])]
+
+    return Rule((q, v), ("blocks.attn.qkv.bias",), join)
+
+
+TIMM = Layout(
+    name="dinov3/timm",
+    anchors=("cls_token", "reg_token", "blocks.0.attn.qkv.weight", "blocks.0.gamma_1", "blocks.0.norm2.weight"),
+    config=timm_config,
+    rules=timm_rules,
+    accepts=lambda tensors, hints: "pos_embed" not in tensors,
+)
+
+# transformers ---------------------------------------------------------------------------------------------------------
+
+LAYER = "layer.{i}"
+
+
+def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+    width, _, *patch = shape_of(tensors, "embeddings.patch_embeddings.weight", 4)
+    gated = "layer.0.mlp.gate_proj.weight" in tensors
+    found = dict(
+        depth=count_blocks(tensors, LAYER),
+        width=width,
+        hidden=shape_of(tensors, "layer.0.mlp.down_proj.weight", 2)[1],
+        registers=shape_of(tensors, "embeddings.register_tokens", 3)[1],
+        patch=square(*patch),
+        positions=False,
+        qkv_bias="layer.0.attention.q_proj.bias" in tensors,
+    )
+    told = dict(heads=width // 64, mlp="swiglu" if gated else "gelu", rope="float32", **FAMILY)
+    return decide(found, told, {**hints, **({"mlp": "swiglu"} if gated else {})})
+
+
+def transformers_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
+    attention = f"{LAYER}.attention"
+    qkv = joined_linear([f"{attention}.{name}_proj" for name in "qkv"], "blocks.attn.qkv")[:1]
+    if config.qkv_bias:
+        qkv.append(keyless(f"{attention}.q_proj.bias", f"{attention}.v_proj.bias"))
+    mlp = [
+        Rule(tuple(s.replace(BLOCK, LAYER) for s in rule.sources), rule.targets, rule.transform)
+        for rule in mlp_rules(config, Names(gates=("gate_proj", "up_proj"), out="down_proj"))
+    ]
+    if config.mlp != "swiglu":
+        mlp = linear(f"{LAYER}.mlp.up_proj", "blocks.mlp.fc1") + linear(f"{LAYER}.mlp.down_proj", "blocks.mlp.fc2")
+    return [
+        *patch_conv("embeddings.patch_embeddings", "patch_embed"),
+        *token_rules(config, tensors, ("embeddings.register_tokens",), "embeddings.cls_token"),
+        *norm(f"{LAYER}.norm1", "blocks.norm1"),
+        *qkv,
+        *linear(f"{attention}.o_proj", "blocks.attn.proj"),
+        copy(f"{LAYER}.layer_scale1.lambda1", "blocks.scale1.gamma"),
+        *norm(f"{LAYER}.norm2", "blocks.norm2"),
+        *mlp,
+        copy(f"{LAYER}.layer_scale2.lambda1", "blocks.scale2.gamma"),
+        *norm("norm", "norm"),
+    ]
+
+
+TRANSFORMERS = Layout(
+    name="dinov3/transformers",
+    anchors=(
+        "embeddings.cls_token",
+        "embeddings.register_tokens",
+        "layer.0.attention.q_proj.weight",
+        "layer.0.layer_scale1.lambda1",
+    ),
+    config=transformers_config,
+    rules=transformers_rules,
+    ignored={"embeddings.mask_token": MASK},
+    rename=lambda name: name.removeprefix("model."),  # transformers 5 in memory
+)
+
+LAYOUTS = (HUB, TIMM, TRANSFORMERS)

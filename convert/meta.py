@@ -1,0 +1,260 @@
+"""The names of Meta's own Vision Transformers, which timm follows: DINO, iBOT, DeiT, DINOv2, timm's plain ones.
+
+One table and one reading of shapes serve them all; what each library or family calls otherwise is a `Names`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from math import isqrt
+from typing import Any
+
+import numpy as np
+
+from convert.engine import ConversionError, Rule, Tensors, copy, linear, norm, patch_conv, split_linear
+from jaxvit import ViTConfig
+
+MEASURED = {"depth", "width", "hidden", "cls", "registers", "patch", "grid", "positions", "layer_scale", "norm"} | {
+    "patch_bias", "qkv_bias", "proj_bias", "patch_norm", "pre_norm", "qk_norm", "branch_norms", "classes", "head_bias"
+}  # fmt: skip
+"""Fields of a config that shapes tell; where a file beside them tells them too, both must agree."""
+
+PLAIN = dict.fromkeys(("patch_bias", "qkv_bias", "proj_bias", "head_bias"), True) | {"norm": "layer"}
+PLAIN |= dict.fromkeys(("patch_norm", "pre_norm", "qk_norm", "branch_norms"), False)
+"""What all of Meta's families have in common that other models of these names do not."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What differs.
+
+    Attributes:
+      registers: tokens between [CLS] and the patches, in order.
+      scales: LayerScale's two vectors.
+      gates: the layers of a SwiGLU: one that holds gate and value, in this order, or two.
+      out: its last layer.
+    """
+
+    registers: tuple[str, ...] = ("reg_token", "dist_token")
+    scales: tuple[str, str] = ("ls1.gamma", "ls2.gamma")
+    gates: tuple[str, ...] = ("fc1",)
+    out: str = "fc2"
+
+
+BLOCK = "blocks.{i}"
+
+
+def table(config: ViTConfig, tensors: Tensors, names: Names) -> list[Rule]:
+    """The rules for a model of `config`. Of the tensors only names and shapes matter."""
+    c = config
+    return [
+        *patch_conv("patch_embed.proj", "patch_embed", c.patch_bias),
+        *when(c.patch_norm, norm("patch_embed.norm", "patch_norm", c.norm)),
+        *token_rules(c, tensors, names.registers),
+        *when(c.pre_norm, norm("norm_pre", "pre_norm", c.norm)),
+        *norm(f"{BLOCK}.norm1", "blocks.norm1", c.norm),
+        *linear(f"{BLOCK}.attn.qkv", "blocks.attn.qkv", c.qkv_bias),  # rows: all queries, keys, values; each by head
+        *when(c.qk_norm, norm(f"{BLOCK}.attn.q_norm", "blocks.attn.q_norm", c.norm)),
+        *when(c.qk_norm, norm(f"{BLOCK}.attn.k_norm", "blocks.attn.k_norm", c.norm)),
+        *when(c.branch_norms, norm(f"{BLOCK}.attn.norm", "blocks.attn.norm", c.norm)),
+        *linear(f"{BLOCK}.attn.proj", "blocks.attn.proj", c.proj_bias),
+        *when(c.layer_scale, [copy(f"{BLOCK}.{names.scales[0]}", "blocks.scale1.gamma")]),
+        *norm(f"{BLOCK}.norm2", "blocks.norm2", c.norm),
+        *mlp_rules(c, names),
+        *when(c.layer_scale, [copy(f"{BLOCK}.{names.scales[1]}", "blocks.scale2.gamma")]),
+        *when(c.final_norm == "tokens", norm("norm", "norm", c.norm)),
+        *when(c.final_norm == "pooled", norm("fc_norm", "norm", c.norm)),
+        *when(c.pool == "attention", attention_pool(c)),
+        *when(c.classes > 0, linear("head", "head.linear", c.head_bias)),
+        *when(c.classes > 0 and c.pool == "distilled", linear("head_dist", "head.distilled", c.head_bias)),
+    ]
+
+
+def when(condition: bool, rules: Sequence[Rule]) -> Sequence[Rule]:
+    return rules if condition else ()
+
+
+def token_rules(
+    config: ViTConfig,
+    tensors: Tensors,
+    registers: Sequence[str],
+    cls: str = "cls_token",
+    positions: str = "pos_embed",
+) -> list[Rule]:
+    """[CLS] and registers, each [1, n, D] in the source, and positions: of the patches, before which may stand those of
+    [CLS] alone or of all tokens. A token and its position are only ever used as their sum, and jaxvit keeps that.
+    """
+    before = ([cls] if config.cls else []) + [name for name in registers if name in tensors]
+    targets = ["cls"] * config.cls + ["registers"] * (config.registers > 0) + ["positions"] * config.positions
+    if not config.positions:
+        positioned = 0
+    else:
+        shape = tensors[positions].shape if positions in tensors else (0, 0, 0)
+        positioned = max(shape[-2] - config.grid[0] * config.grid[1], 0)
+
+    def join(*arrays: np.ndarray) -> list[np.ndarray]:
+        # reshape, where indexing and broadcasting would make do with other shapes.
+        tokens = [a.reshape(-1, config.width) for a in arrays[: len(before)]]
+        prefix = np.concatenate([np.zeros((0, config.width), np.float32), *tokens])
+        results = [prefix]
+        if config.positions:
+            rows = arrays[-1].reshape(-1, config.width)
+            prefix = np.concatenate([prefix[:positioned] + rows[:positioned], prefix[positioned:]])
+            results = [prefix, rows[positioned:].reshape(*config.grid, config.width)]
+        if len(prefix) != config.prefix:
+            raise ValueError("too many or too few tokens")
+        own = ([prefix[0]] if config.cls else []) + ([prefix[config.cls :]] if config.registers else [])
+        return own + results[1:]
+
+    sources = before + ([positions] if config.positions else [])
+    return [Rule(tuple(sources), tuple(targets), join)] if sources else []
+
+
+def mlp_rules(c: ViTConfig, names: Names) -> list[Rule]:
+    at = f"{BLOCK}.mlp"
+    rules = [*when(c.branch_norms, norm(f"{at}.norm", "blocks.mlp.norm", c.norm))]
+    if c.mlp != "swiglu":
+        return rules + plain_mlp(at, c.proj_bias)
+    ours = ("blocks.mlp.gate", "blocks.mlp.value")
+    if len(names.gates) == 1:
+        rules += split_linear(f"{at}.{names.gates[0]}", ours, c.proj_bias)
+    else:
+        for theirs, target in zip(names.gates, ours, strict=True):
+            rules += linear(f"{at}.{theirs}", target, c.proj_bias)
+    return rules + linear(f"{at}.{names.out}", "blocks.mlp.out", c.proj_bias)
+
+
+def plain_mlp(at: str, bias: bool = True) -> list[Rule]:
+    return [*linear(f"{at}.fc1", "blocks.mlp.fc1", bias), *linear(f"{at}.fc2", "blocks.mlp.fc2", bias)]
+
+
+def attention_pool(c: ViTConfig) -> list[Rule]:
+    """timm's `AttentionPoolLatent`."""
+    rules = [Rule(("attn_pool.latent",), ("pool.latent",), lambda a: [a.reshape(c.width)])]
+    for name in ("q", "kv", "proj", "mlp.fc1", "mlp.fc2"):
+        rules += linear(f"attn_pool.{name}", f"pool.{name.removeprefix('mlp.')}")
+    return rules + norm("attn_pool.norm", "pool.norm", c.norm)
+
+
+# Configs --------------------------------------------------------------------------------------------------------------
+
+
+def read_config(
+    tensors: Tensors,
+    hints: Mapping[str, Any],
+    names: Names,
+    *,
+    always: Mapping[str, Any] | None = None,
+    before: Sequence[int] | None = None,
+    **family: Any,
+) -> ViTConfig:
+    """The config that shapes imply, with what they do not tell from `hints`, and else from `family`.
+
+    Args:
+      hints: fields of a config that a file beside the tensors gives, or a module.
+      always: measured fields that are the same in the whole family. A tensor that is lacking then is missing, where it
+        would otherwise make another model.
+      before: how many of the tokens before the patches have positions; by default all, [CLS] alone, or none.
+      family: fields that are the same in the whole family and that shapes do not tell: resampling, eps ..
+    """
+    width, _, patch, patch_x = shape_of(tensors, "patch_embed.proj.weight", 4)
+    fc1, fc2 = (f"blocks.0.mlp.{name}.weight" for name in (names.gates[0], names.out))
+    gated = fc1 in tensors and fc2 in tensors
+    gated = gated and (len(names.gates) == 2 or shape_of(tensors, fc1, 2)[0] == 2 * shape_of(tensors, fc2, 2)[1])
+    plain = "blocks.0.mlp.fc2.weight"
+    cls = "cls_token" in tensors
+    registers = sum(shape_of(tensors, name, 3)[1] for name in names.registers if name in tensors)
+    final = "tokens" if "norm.weight" in tensors else "pooled" if "fc_norm.weight" in tensors else "none"
+    pool = "mean" if final == "pooled" or not cls else "cls"
+    pool = "attention" if "attn_pool.latent" in tensors else "distilled" if "dist_token" in tensors else pool
+    found: dict[str, Any] = dict(
+        depth=count_blocks(tensors, BLOCK),
+        width=width,
+        hidden=shape_of(tensors, fc2 if gated else plain, 2)[1],
+        cls=cls,
+        registers=registers,
+        patch=square(patch, patch_x),
+        positions="pos_embed" in tensors,
+        patch_bias="patch_embed.proj.bias" in tensors,
+        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+        proj_bias="blocks.0.attn.proj.bias" in tensors,
+        patch_norm="patch_embed.norm.weight" in tensors,
+        pre_norm="norm_pre.weight" in tensors,
+        qk_norm="blocks.0.attn.q_norm.weight" in tensors,
+        branch_norms="blocks.0.attn.norm.weight" in tensors,
+        layer_scale=f"blocks.0.{names.scales[0]}" in tensors,
+        norm="layer" if "blocks.0.norm1.bias" in tensors else "rms",
+        classes=shape_of(tensors, "head.weight", 2)[0] if "head.weight" in tensors else 0,
+        head_bias="head.weight" not in tensors or "head.bias" in tensors,
+    )
+    found |= always or {}
+    if found["positions"]:
+        found["grid"] = grid_of(tensors, "pos_embed", 3, before or (int(cls), cls + registers, 0), hints.get("grid"))
+    told = dict(heads=width // 64, mlp="gelu", final_norm=final, pool=pool)
+    return decide(found, told | family, {**hints, **({"mlp": "swiglu"} if gated else {})})
+
+
+def decide(found: Mapping[str, Any], told: Mapping[str, Any], hints: Mapping[str, Any]) -> ViTConfig:
+    """The config of fields that were measured, fields assumed, and hints, which must not contradict the former."""
+    known = {field.name for field in fields(ViTConfig)}
+    differ = [
+        f"{name} {value}, not {hints[name]}"
+        for name, value in found.items()
+        if name in hints and hints[name] != value and name in MEASURED
+    ]
+    if differ:
+        raise ConversionError(f"the checkpoint's tensors and its config disagree: {'; '.join(differ)}")
+    config = ViTConfig(**{**told, **{name: value for name, value in hints.items() if name in known}, **found})
+    c = config
+    matrices = c.depth * (4 * c.width + 3 * c.hidden)
+    vectors = c.grid[0] * c.grid[1] * c.positions + c.registers + c.classes + 3 * c.patch**2
+    if c.width * (matrices + vectors) > LARGEST:  # sizes of two tensors, each small, may multiply to anything
+        sizes = ", ".join(f"{name} {getattr(c, name)}" for name in ("depth", "width", "hidden", "registers", "grid"))
+        raise ConversionError(f"the checkpoint's sizes ({sizes}) make a model of over {LARGEST:,} parameters")
+    return config
+
+
+LARGEST = 2**36
+"""Parameters of a model; more than any Vision Transformer has."""
+
+
+def grid_of(
+    tensors: Tensors, name: str, axes: int, before: Sequence[int], hint: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """The grid of positions [.., rows, D], of which the first may be those of so many tokens before the patches.
+
+    Where several counts leave a square (4 = 2 x 2, or 1 + 3), it is the first of them, unless a hint says otherwise.
+    """
+    rows = shape_of(tensors, name, axes)[-2]
+    counts = [rows - count for count in dict.fromkeys(before) if rows > count]
+    if hint is not None and hint[0] * hint[1] in counts:
+        return hint
+    for count in counts:
+        if isqrt(count) ** 2 == count:
+            return isqrt(count), isqrt(count)
+    tokens = " or ".join(map(str, dict.fromkeys(before)))
+    raise ConversionError(f"{name} has {rows} rows: expected a square, and {tokens} more for tokens before the patches")
+
+
+def square(patch: int, patch_x: int) -> int:
+    if patch != patch_x:
+        raise ConversionError(f"patches of {patch}x{patch_x} pixels: expected squares")
+    return patch
+
+
+def count_blocks(tensors: Tensors, block: str) -> int:
+    pattern = re.compile(re.escape(block).replace(r"\{i\}", r"(\d+)") + r"\.")
+    numbers = {int(match[1]) for name in tensors if (match := pattern.match(name))}
+    if len(numbers) != max(numbers) + 1:
+        listed = ", ".join(map(str, sorted(numbers)))
+        raise ConversionError(f"the checkpoint's blocks are numbered {listed}: expected no gaps from 0 to the last")
+    return len(numbers)
+
+
+def shape_of(tensors: Tensors, name: str, axes: int) -> tuple[int, ...]:
+    shape = tensors[name].shape
+    if len(shape) != axes:
+        raise ConversionError(f"{name} has shape {list(shape)}, expected {axes} axes")
+    return shape

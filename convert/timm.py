@@ -1,0 +1,223 @@
+"""timm's plain Vision Transformers: all of its `vision_transformer` and `deit` that are rows of pre-norm blocks.
+
+Names and shapes do not tell everything: the activation, the epsilon, the pooling, often the number of heads. A live
+module tells them; a folder or hub id names its architecture, and `architectures.json` holds what timm makes of each.
+A bare file is taken where only one published family fits, and else asks for the architecture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from convert.engine import ConversionError, Layout, Tensors
+from convert.meta import Names, read_config, shape_of, table
+from jaxvit import Preprocess, ViTConfig
+
+PACKED, SPLIT = Names(), Names(gates=("fc1_g", "fc1_x"))
+"""A SwiGLU whose gate and value are one matrix, and one of two."""
+
+
+def names_of(tensors: Tensors) -> Names:
+    return SPLIT if "blocks.0.mlp.fc1_g.weight" in tensors else PACKED
+
+
+def config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+    if "heads" not in hints and (unclear := not_told(tensors)):
+        raise ConversionError(
+            f"names and shapes of this timm checkpoint do not tell {unclear}: say which architecture it is, "
+            f"such as architecture='vit_base_patch16_clip_224' or --architecture vit_base_patch16_clip_224"
+        )
+    # timm gives the embedding of patches a bias just where no norm follows it, and every classifier one.
+    always = {"patch_bias": "norm_pre.weight" not in tensors, "head_bias": True}
+    return read_config(tensors, hints, names_of(tensors), always=always, resampling="bicubic_antialias")
+
+
+def not_told(tensors: Tensors) -> str:
+    """What cannot be known of a checkpoint without its architecture; nothing where one family fits alone."""
+    if "norm_pre.weight" in tensors:
+        return "its activation (CLIP's, or the exact GELU)"
+    if "cls_token" not in tensors:
+        return "its activation and pooling"
+    if "blocks.0.norm1.bias" not in tensors or "blocks.0.attn.norm.weight" in tensors or "norm.weight" not in tensors:
+        return "its pooling and epsilon"
+    width = shape_of(tensors, "patch_embed.proj.weight", 4)[0]
+    return f"the number of heads of width {width}" if width in (1152, 1280, 1408, 1664) else ""
+
+
+def is_timm(tensors: Tensors, hints: Mapping[str, Any]) -> bool:
+    """DINO's own files have the same names, but no classifier, LayerScale or registers."""
+    own = ("head.weight", "blocks.0.ls1.gamma", "reg_token", "norm_pre.weight", "attn_pool.latent", "dist_token")
+    if "blocks.0.attn.q_bias" in tensors:  # an EVA's or a BEiT's
+        return False
+    return hints.get("library") == "timm" or "cls_token" not in tensors or any(name in tensors for name in own)
+
+
+LAYOUT = Layout(
+    name="timm",
+    anchors=("patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc2.weight"),
+    config=config,
+    rules=lambda config, tensors: table(config, tensors, names_of(tensors)),
+    accepts=is_timm,
+)
+
+
+# What is known beside tensors -----------------------------------------------------------------------------------------
+
+FACTS = ("heads", "mlp", "eps", "final_norm", "pool", "pool_prefix")
+"""Fields of a config that an architecture decides, and tensors do not show."""
+
+
+@cache
+def architectures() -> dict[str, dict[str, Any]]:
+    """Name -> its `FACTS` and preparation, or {"refused": why}; written by `python -m benchmarks architectures`."""
+    return json.loads((Path(__file__).with_name("architectures.json")).read_text())
+
+
+def architecture_hints(name: str) -> dict[str, Any]:
+    """What is known of a timm architecture; "vit_base_patch16_224.augreg_in1k" is one with a tag.
+
+    Raises:
+      ConversionError: none of timm's plain Vision Transformers.
+    """
+    known = architectures().get(name.split(".")[0])
+    if known is None:
+        raise ConversionError(f"{name} is none of timm's plain Vision Transformers; docs/architectures.md lists them")
+    if "refused" in known:
+        raise ConversionError(f"{name} cannot be converted: {known['refused']}")
+    resize, crop, mean, std = known["preprocess"]
+    preprocess = Preprocess(resize, crop, tuple(mean), tuple(std))
+    return {"library": "timm", "architecture": name, **known, "preprocess": preprocess}
+
+
+POOLS = {"token": "cls", "avg": "mean", "map": "attention"}
+
+
+def folder_hints(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config.json of a timm folder tells: architecture, changes to it, how images are prepared."""
+    hints = architecture_hints(str(config["architecture"]))
+    changed = {name: value for name, value in (config.get("model_args") or {}).items() if name not in SHAPES}
+    if changed:
+        raise ConversionError(f"the config.json changes the architecture by {changed}, which is not known here")
+    if (pool := config.get("global_pool")) is not None and POOLS.get(pool) != hints["pool"]:
+        hints["pool"] = POOLS.get(pool, hints["pool"])
+    return hints | preprocess_hints(config.get("pretrained_cfg") or {})
+
+
+SHAPES = ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad", "num_classes", "reg_tokens", "class_token")
+SHAPES += ("init_values", "depth", "embed_dim", "mlp_ratio", "no_embed_class")
+"""Arguments of timm's models that tensors show, or that do not matter."""
+
+
+def preprocess_hints(pretrained: Mapping[str, Any]) -> dict[str, Any]:
+    size, crop = pretrained.get("input_size"), pretrained.get("crop_pct", 1.0)
+    if not size:
+        return {}
+    try:
+        side = int(size[-1])
+        mean, std = (tuple(float(x) for x in pretrained[name]) for name in ("mean", "std"))
+        return {"preprocess": Preprocess(int(side // crop), side, mean, std)}  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ConversionError(f"the pretrained_cfg in config.json makes no sense: {error!r}") from error
+
+
+def module_hints(module: Any) -> dict[str, Any]:
+    """What a live timm model tells.
+
+    Raises:
+      ConversionError: it is not a row of plain blocks; the message says where it differs.
+    """
+    block = module.blocks[0]
+    if type(module).__name__ == "Eva":
+        return dinov3_hints(module)
+    if reason := refusal(module):
+        raise ConversionError(f"this {type(module).__name__} cannot be converted: {reason}")
+    distilled = hasattr(module, "head_dist") or hasattr(module, "dist_token")
+    final = "none" if is_identity(module.norm) else "tokens"
+    hints: dict[str, Any] = {
+        "library": "timm",
+        "heads": block.attn.num_heads,
+        "depth": len(module.blocks),
+        "eps": block.norm1.eps,
+        "mlp": activation_of(block.mlp),
+        "final_norm": final if is_identity(module.fc_norm) else "pooled",
+        "pool": "distilled" if distilled else POOLS[module.global_pool],
+        "pool_prefix": bool(module.global_pool == "map" and module.pool_include_prefix),
+    }
+    if getattr(module, "pos_embed", None) is not None:
+        hints["grid"] = tuple(module.patch_embed.grid_size)
+    return hints | preprocess_hints(getattr(module, "pretrained_cfg", None) or {})
+
+
+def is_identity(module: Any) -> bool:
+    return type(module).__name__ == "Identity"
+
+
+def activation_of(mlp: Any) -> str:
+    """The config's name of an MLP; empty if it is none of those known."""
+    act = mlp.act
+    kind = type(act).__name__
+    gated = hasattr(mlp, "fc1_g") or getattr(mlp, "gate_last", None) is False
+    if gated:
+        return "swiglu" if kind in ("SiLU", "Swish") else ""
+    if hasattr(mlp, "gate_last"):
+        return ""
+    tanh = kind == "GELUTanh" or (kind == "GELU" and getattr(act, "approximate", "none") == "tanh")
+    return "gelu_tanh" if tanh else {"GELU": "gelu", "QuickGELU": "quick_gelu"}.get(kind, "")
+
+
+KINDS = {
+    "ParallelScalingBlock": "its blocks run attention and MLP side by side on one input",
+    "DiffParallelScalingBlock": "its blocks run differential attention and the MLP side by side",
+    "ParallelThingsBlock": "its blocks run several attentions and MLPs side by side",
+    "ResPostBlock": "its blocks normalise what a branch returns, not what it reads",
+    "DiffAttention": "its attention is the difference of two softmaxes",
+}
+
+
+def refusal(module: Any) -> str:
+    """Why a timm model is not a row of plain pre-norm blocks; empty if it is."""
+    if type(module).__name__ not in ("VisionTransformer", "VisionTransformerDistilled"):
+        return f"a {type(module).__name__} is not a plain Vision Transformer"
+    block = module.blocks[0]
+    kind, attention = type(block).__name__, type(block.attn).__name__ if hasattr(block, "attn") else ""
+    if kind != "Block":
+        return KINDS.get(kind, f"its blocks are {kind}s")
+    if attention != "Attention":
+        return KINDS.get(attention, f"its attention is {attention}")
+    if getattr(block.attn, "gate", None) is not None:
+        return "its attention has a gate"
+    if block.attn.head_dim * block.attn.num_heads != module.embed_dim:
+        return "its heads are not a partition of the width"
+    if type(module.patch_embed).__name__ != "PatchEmbed":
+        return f"it embeds patches with a {type(module.patch_embed).__name__}"
+    if not activation_of(block.mlp):
+        return f"its MLP is a {type(block.mlp).__name__} with {block.mlp.act}"
+    if module.global_pool not in POOLS:
+        return f"its pooling is {module.global_pool!r}"
+    if len({(type(b).__name__, b.attn.num_heads, b.norm1.eps, activation_of(b.mlp)) for b in module.blocks}) > 1:
+        return "its blocks differ"
+    norms = {type(norm).__name__ for norm in (block.norm1, block.norm2)}
+    if not norms <= {"LayerNorm", "LayerNormFp32", "RmsNorm"}:
+        return f"its norms are {', '.join(sorted(norms))}"
+    return ""
+
+
+def dinov3_hints(module: Any) -> dict[str, Any]:
+    """What a live timm `Eva` tells, if it is a DINOv3."""
+    block, rope = module.blocks[0], module.rope
+    kinds = [type(part).__name__ for part in (block, block.attn, rope)]
+    plain = block.attn.rotate_half and block.attn.gate is None if kinds[1] == "EvaAttention" else False
+    if kinds != ["EvaBlock", "EvaAttention", "RotaryEmbeddingDinoV3"] or not plain or rope.temperature != 100.0:
+        raise ConversionError(f"this Eva is no DINOv3: it is made of {', '.join(kinds)}")
+    return {
+        "library": "timm",
+        "heads": block.attn.num_heads,
+        "depth": len(module.blocks),
+        "eps": block.norm1.eps,
+        "mlp": activation_of(block.mlp),
+        "pool": POOLS[module.global_pool],
+    } | preprocess_hints(getattr(module, "pretrained_cfg", None) or {})

@@ -1,0 +1,368 @@
+"""Every family beside DINOv2: files in the layouts their authors publish, against the libraries that run them.
+
+Official files are made from timm's or transformers' model with random weights, by renaming; nothing of the converter's
+tables is used. Sizes are tiny, so that all kinds of models can be compared at every site and layer.
+"""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers")
+
+from layouts import write_safetensors
+
+import convert
+import convert.timm as plain
+import jaxvit
+from benchmarks.originals import randomise
+from convert import ConversionError
+from convert.originals import build_clip, build_dinov3, build_dinov3_timm, build_timm, build_transformers, original_of
+from convert.verify import FLOAT32_SITES, Size, compare, random_images
+from jaxvit import ViTConfig
+from jaxvit.params import to_params
+
+TINY = dict(depth=2, width=128, heads=2, hidden=512, patch=4, grid=(4, 4))
+PLAIN = ViTConfig(**TINY, layer_scale=False)
+CLIP = ViTConfig(
+    **TINY, mlp="quick_gelu", layer_scale=False, patch_bias=False, pre_norm=True, eps=1e-5, classes=9, head_bias=False
+)
+DINOV3 = ViTConfig(**TINY, registers=3, positions=False, rope="float32", eps=1e-5)
+GATED = replace(DINOV3, mlp="swiglu", qkv_bias=False)
+DEIT3 = ViTConfig(**TINY, classes=10)
+
+
+def state_of(module):
+    return {name: tensor.numpy().copy() for name, tensor in module.state_dict().items()}
+
+
+def renamed(state, *pairs):
+    """Each name with the first of the pairs that fits it."""
+
+    def new(name):
+        for old, other in pairs:
+            if old in name:
+                return name.replace(old, other)
+        return name
+
+    return {new(name): array for name, array in state.items()}
+
+
+# Files as their authors publish them ----------------------------------------------------------------------------------
+
+
+def deit3():
+    state = state_of(randomise(build_timm(DEIT3, positioned=False)))
+    return {"model": tensors(renamed(state, ("ls1.gamma", "gamma_1"), ("ls2.gamma", "gamma_2")))}
+
+
+def dino(head=True):
+    """A full checkpoint of DINO: the teacher, a student wrapped for several GPUs, and heads beside both."""
+    states = [state_of(randomise(build_timm(PLAIN, positioned=True), seed)) for seed in (0, 1)]
+    heads = {"head.mlp.0.weight": np.ones((4, 4), np.float32), "head.last_layer.weight_g": np.ones((4, 1), np.float32)}
+    teacher = {f"backbone.{name}": a for name, a in states[0].items()} | (heads if head else {})
+    student = {f"module.backbone.{name}": a for name, a in states[1].items()}
+    student |= {f"module.{name}": a for name, a in heads.items()}
+    return {"teacher": tensors(teacher), "student": tensors(student), "epoch": 3, "optimizer": {"state": {}}}
+
+
+def ibot():
+    """One with LayerScale, the token for masked patches, and the last norm behind a mean pool."""
+    config = replace(PLAIN, layer_scale=True, final_norm="pooled", pool="mean")
+    state = renamed(
+        state_of(randomise(build_timm(config, positioned=True))), ("ls1.gamma", "gamma_1"), ("ls2.gamma", "gamma_2")
+    )
+    return {"state_dict": tensors(state | {"masked_embed": np.zeros((1, 128), np.float32)})}
+
+
+def openai(archive=True):
+    """The names of OpenAI's archive and of OpenCLIP's files, in half precision, with the text side beside."""
+    state = state_of(randomise(build_timm(replace(CLIP, head_bias=True), positioned=True)))
+    state["proj"] = state.pop("head.weight").T
+    del state["head.bias"]
+    state["class_embedding"] = state.pop("cls_token")[0, 0]
+    state["positional_embedding"] = state.pop("pos_embed")[0]
+    pairs = (("patch_embed.proj", "conv1"), ("norm_pre", "ln_pre"), ("attn.qkv.", "attn.in_proj_"))
+    pairs += (("attn.proj", "attn.out_proj"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"))
+    state = renamed(renamed(state, *pairs), ("norm1", "ln_1"), ("norm2", "ln_2"), ("norm.", "ln_post."))
+    state = {f"visual.{name.replace('blocks.', 'transformer.resblocks.')}": a for name, a in state.items()}
+    text = ["transformer.resblocks.0.attn.in_proj_weight", "token_embedding.weight", "positional_embedding"]
+    text += ["ln_final.weight", "text_projection", "logit_scale"]
+    state |= {name: np.ones((2, 2), np.float32) for name in text}
+    if archive:
+        state |= {name: np.array(7) for name in ("input_resolution", "context_length", "vocab_size")}
+    return tensors({name: a.astype(np.float16) if a.dtype == np.float32 else a for name, a in state.items()})
+
+
+def clip_transformers(both=True):
+    """A whole CLIP as transformers publishes it."""
+    state = renamed(state_of(randomise(build_clip(CLIP))))
+    assert "vision_model.encoder.layers.0.self_attn.q_proj.weight" in state
+    extra = {"vision_model.embeddings.position_ids": np.arange(17)[None], "logit_scale": np.ones(())}
+    extra |= {"text_model.final_layer_norm.weight": np.ones(4), "text_projection.weight": np.ones((4, 4))}
+    return tensors(state | (extra if both else {}))
+
+
+def dinov3_hub(config=DINOV3):
+    state = state_of(randomise(build_dinov3_timm(replace(config, mlp=config.mlp), gates=2)))
+    D = config.width
+    if config.qkv_bias:
+        for i in range(config.depth):
+            q, v = (state.pop(f"blocks.{i}.attn.{name}_bias") for name in "qv")
+            # Keys have a bias here, which the mask takes away.
+            state[f"blocks.{i}.attn.qkv.bias"] = np.concatenate([q, np.full(D, 0.7, np.float32), v])
+            state[f"blocks.{i}.attn.qkv.bias_mask"] = np.repeat(np.array([1, 0, 1], np.float32), D)
+    pairs = (("reg_token", "storage_tokens"), ("gamma_1", "ls1.gamma"), ("gamma_2", "ls2.gamma"))
+    pairs += (("mlp.fc1_g", "mlp.w1"), ("mlp.fc1_x", "mlp.w2"))
+    if config.mlp == "swiglu":
+        pairs += (("mlp.fc2", "mlp.w3"),)
+    periods = torch.tensor(100.0) ** (torch.arange(16) / 16)
+    more = {"mask_token": torch.zeros(1, D), "rope_embed.periods": periods.bfloat16()}
+    return tensors(renamed(state, *pairs)) | more
+
+
+def dinov3_transformers(config=DINOV3):
+    """The published names, before transformers 5 moved layers into `model`."""
+    state = {name.removeprefix("model."): a for name, a in state_of(randomise(build_dinov3(config))).items()}
+    assert "layer.0.attention.q_proj.weight" in state
+    return tensors(state)
+
+
+def tensors(state):
+    return {name: torch.tensor(array) for name, array in state.items()}
+
+
+OFFICIAL = {
+    "deit3": (deit3, {}, DEIT3),
+    "dino": (dino, {}, replace(PLAIN, resampling="bicubic_offset")),
+    "ibot": (
+        ibot,
+        {},
+        ViTConfig(**TINY, final_norm="pooled", pool="mean", resampling="bicubic_offset"),
+    ),
+    "clip/openai": (openai, {}, replace(CLIP, resampling="bicubic")),
+    "clip/transformers": (clip_transformers, {"config": {"mlp": "quick_gelu"}}, replace(CLIP, resampling="bicubic")),
+    "dinov3/hub": (dinov3_hub, {}, replace(DINOV3, rope="bfloat16", grid=(14, 14))),
+    "dinov3/hub gated": (lambda: dinov3_hub(GATED), {}, replace(GATED, rope="bfloat16", grid=(14, 14))),
+    "dinov3/transformers": (dinov3_transformers, {}, replace(DINOV3, grid=(14, 14))),
+    "dinov3/transformers gated": (lambda: dinov3_transformers(GATED), {}, replace(GATED, grid=(14, 14))),
+}
+"""Layout -> a file in it, what has to be said beside it, and the config it must be read as."""
+
+MODULES = {
+    "dinov3/timm": lambda: build_dinov3_timm(replace(DINOV3, pool="mean")),
+    "dinov3/timm gated": lambda: build_dinov3_timm(GATED, gates=2),
+    "clip/transformers module": lambda: build_clip(replace(CLIP, mlp="gelu")),
+    "dinov2 classifier": lambda: build_transformers(ViTConfig(**TINY, registers=2, classes=7, pool="cls_mean")),
+    "timm, all norms": lambda: timm_model(qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True, pre_norm=True),
+    "timm, registers with positions": lambda: timm_model(reg_tokens=2, global_pool="avg", act_layer="gelu_tanh"),
+    "timm, no positions": lambda: timm_model(pos_embed="none", reg_tokens=1, final_norm=False),
+}
+
+
+def timm_model(**changes):
+    sizes = dict(img_size=16, patch_size=4, embed_dim=128, depth=2, num_heads=2, num_classes=5, dynamic_img_size=True)
+    return timm.models.vision_transformer.VisionTransformer(**sizes, **changes)
+
+
+def assert_equal(model, original, sizes=((4, 4), (2, 8), (8, 2))):
+    """By the standard of `convert.verify`, at the native size and others of as many tokens, which run one program."""
+    p = model.config.patch
+    for rows, columns in sizes:
+        images = random_images(model, Size(rows * p, columns * p), tokens=500)
+        found = compare(model, original, images, defaults=False)
+        assert {"resid_pre", "q", "k", "pattern", "final", "pooled"} <= set(found.float64)
+        assert ("logits" in found.float64) == (model.config.classes > 0)
+        assert found.worst64() <= 1e-10, found.float64
+        for site in FLOAT32_SITES:
+            assert max(found.ratios()[site]) <= 2, (site, found.ratios()[site])
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_files(name):
+    make, known, config = OFFICIAL[name]
+    file = make()
+    model = convert.load(file, **known)
+    assert replace(model.config, preprocess=config.preprocess) == config
+    assert_equal(model, original_of(file, **known))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_live_modules(name):
+    module = randomise(MODULES[name]())
+    assert_equal(convert.load(module), original_of(module), [(4, 4), (2, 8)])
+
+
+def test_teacher_or_student():
+    file = dino()
+    teacher, student = (convert.load(file, branch=branch) for branch in ("teacher", "student"))
+    default = convert.load(file)
+    assert np.array_equal(teacher.cls[...], default.cls[...]) and not np.array_equal(teacher.cls[...], student.cls[...])
+    expected = state_of(randomise(build_timm(PLAIN, positioned=True), seed=1))
+    np.testing.assert_array_equal(student.norm.scale[...], expected["norm.weight"])
+    with pytest.raises(ConversionError, match="holds no student"):
+        convert.load(file["teacher"], branch="student")
+
+
+def test_a_bare_clip_is_asked_for_its_activation(tmp_path):
+    for file in (openai(archive=False), clip_transformers()):
+        with pytest.raises(ConversionError, match=r"do not tell its activation.*quick_gelu"):
+            convert.load(file)
+        assert convert.load(file, config={"mlp": "gelu"}).config.mlp == "gelu"
+
+
+def test_a_config_given_must_be_one():
+    with pytest.raises(ConversionError, match="a config has no activation"):
+        convert.load(openai(), config={"activation": "gelu"})
+    with pytest.raises(ConversionError, match="depth 2, not 3"):
+        convert.load(openai(), config={"depth": 3})
+
+
+def test_rotary_periods_must_be_those_of_the_config():
+    file = dinov3_hub()
+    file["rope_embed.periods"] = file["rope_embed.periods"] * 2
+    with pytest.raises(ConversionError, match=r"rope_embed\.periods are not those of base 100"):
+        convert.load(file)
+
+
+def test_both_conventions_of_periods_differ():
+    """In float32 and rounded: the same weights give other features, so that it matters which are taken."""
+    model = convert.load(dinov3_transformers())
+    images = jnp.asarray(random_images(model, Size(16, 16)), jnp.float32)
+    rounded = jaxvit.params.from_params(replace(model.config, rope="bfloat16"), to_params(model))
+    difference = jnp.abs(model(images).cls - rounded(images).cls).max()
+    assert 1e-6 < difference < 0.1
+
+
+# Rotary positions and the laws ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rotary():
+    return convert.load(dinov3_transformers())
+
+
+def test_rotary_runs_from_any_layer_and_wants_the_grid(rotary):
+    images = jnp.asarray(random_images(rotary, Size(8, 24))[:2], jnp.float32)
+    run = jax.jit(lambda m, x: m(x, record="resid_pre"))
+    out = run(rotary, images)
+    again = jax.jit(lambda m, x: m.run_from(1, x, grid=(2, 6)))(rotary, out.trace["resid_pre"][1])
+    np.testing.assert_allclose(again.tokens, out.tokens, atol=1e-5)
+    turned = jax.jit(lambda m, x: m.run_from(1, x, grid=(6, 2)))(rotary, out.trace["resid_pre"][1])
+    assert np.abs(turned.tokens - out.tokens).max() > 1e-3
+    for grid in (None, (3, 3)):
+        with pytest.raises(ValueError, match="give the grid of the images"):
+            rotary.run_from(1, out.trace["resid_pre"][1], grid=grid)
+
+
+def test_rotary_sweeps_and_removed_registers(rotary):
+    images = jnp.asarray(random_images(rotary, Size(8, 12))[:2], jnp.float32)
+    from jaxvit import ablate, grids, remove_registers, sweep
+
+    swept = sweep(
+        rotary,
+        images,
+        lambda point, clean: ablate(rotary, "z", layers=point["layer"], heads=point["head"]),
+        grids.heads(rotary),
+        lambda out, clean: out.cls.sum(-1),
+        progress=False,
+    )
+    run = jax.jit(lambda m, x, e: m(x, e).cls.sum(-1))
+    one = run(rotary, images, ablate(rotary, "z", layers=1, heads=0))
+    np.testing.assert_allclose(swept.values[1, 0], one, rtol=2e-5)
+    params = {name: a for name, a in to_params(rotary).items() if name != "registers"}
+    without = jaxvit.params.from_params(replace(rotary.config, registers=0), params)
+    cut = jax.jit(lambda m, x, e: m(x, e).cls)(rotary, images, remove_registers(rotary))
+    np.testing.assert_allclose(cut, jax.jit(lambda m, x: m(x).cls)(without, images), atol=1e-5)
+
+
+# Models without a class token -----------------------------------------------------------------------------------------
+
+
+def test_models_without_a_class_token():
+    module = randomise(timm_model(class_token=False, global_pool="avg", reg_tokens=2, no_embed_class=True))
+    model = convert.load(module)
+    images = jnp.asarray(random_images(model, Size(16, 16))[:2], jnp.float32)
+    out = model(images, record="pattern")
+    assert out.cls is None and out.registers.shape == (2, 2, 128) and out.trace["pattern"].shape == (2, 2, 2, 2, 18)
+    assert model.layout.group_names == ("register 1", "register 2", "patches")
+    pixels = torch.tensor(np.asarray(images)).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        np.testing.assert_allclose(out.logits, module(pixels).numpy(), atol=1e-5)
+    with pytest.raises(ValueError, match=r"no \[CLS\]: give a metric"):
+        jaxvit.sweep(model, images, lambda p, c: jaxvit.ablate(model, "z", heads=p["head"]), jaxvit.Grid(head=range(2)))
+    with pytest.raises(ValueError, match="cls"):
+        jaxvit.knockout(model, query="cls", key="registers")
+    jaxvit.knockout(model, query="register 2", key="patches")
+
+
+# timm's names ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_architectures_is_what_timm_says():
+    """Every name of timm's two files is there, and is refused or has the facts of timm's model."""
+    from benchmarks.architectures import names
+
+    known = plain.architectures()
+    assert set(names()) == set(known)
+    refused = {name for name, facts in known.items() if "refused" in facts}
+    assert len(known) - len(refused) >= 160
+    for name in ("vit_base_patch16_xp_224", "vit_small_patch16_18x2_224", "vit_base_patch16_rpn_224"):
+        assert name in refused
+        with pytest.raises(ConversionError, match=f"{name}.some_tag cannot be converted: .*"):
+            plain.architecture_hints(f"{name}.some_tag")
+    with pytest.raises(ConversionError, match="none of timm's plain Vision Transformers"):
+        plain.architecture_hints("resnet50")
+
+
+KINDS = (
+    "aimv2_large_patch14_224",
+    "beit3_base_patch16_224",
+    "deit3_small_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "eva_large_patch14_196",
+    "flexivit_small",
+    "vit_base_patch14_reg1_tipsv2",
+    "vit_base_patch16_clip_224",
+    "vit_base_patch16_clip_quickgelu_224",
+    "vit_base_patch16_gap_224",
+    "vit_base_patch16_radio_v3",
+    "vit_base_patch16_siglip_224",
+    "vit_base_patch32_siglip_gap_256",
+    "vit_giant_patch14_reg4_dinov2",
+    "vit_intern300m_patch14_448",
+    "vit_medium_patch16_gap_240",
+    "vit_so150m2_patch16_reg1_gap_256",
+    "vit_so150m_patch16_reg4_map_256",
+    "vit_tiny_patch16_224",
+    "test_vit4",
+)
+"""One name of every kind; docs/architectures.md has been measured for all of them."""
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_of_architectures(name, tmp_path):
+    """As a folder that timm saves, whose config.json names the architecture; narrow, so that it is quick."""
+    from benchmarks.architectures import build, facts
+
+    known = plain.architectures()[name]
+    assert facts(name, depth=1) == known
+    narrow = {"test_vit4": {}, "vit_giant_patch14_reg4_dinov2": dict(embed_dim=96, num_heads=24)}
+    heads = known["heads"]
+    changes = narrow.get(name, dict(embed_dim=16 * heads, num_heads=heads))
+    module = randomise(build(name, depth=1, **changes))
+    write_safetensors(tmp_path / "model.safetensors", state_of(module))
+    content = {"architecture": name, "num_classes": module.num_classes, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    model = convert.load(tmp_path)
+    live = convert.load(module)
+    assert replace(model.config, preprocess=live.config.preprocess, grid=live.config.grid) == live.config
+    size = Size(2 * model.config.patch, 3 * model.config.patch)
+    found = compare(model, original_of(module), random_images(model, size, tokens=60), defaults=False)
+    assert found.worst64() <= 1e-10, found.float64
