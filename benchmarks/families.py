@@ -3,10 +3,10 @@
     python -m benchmarks families            measure, print the table
     python -m benchmarks families --write    and write docs/families.md
 
-Each known checkpoint (`python -m convert list`) is built at its own width with random weights and two blocks, brought
-into the layout of each source, converted from there, and compared at every site, in float64 and float32, at its native
-size and at one that is not square. DINOv2 at full depth is compared by `python -m benchmarks parity`. Takes half an
-hour on two cores.
+Each known checkpoint (`python -m convert list`) is built at its own width with random weights and one or two blocks,
+brought into the layout of each source, converted from there, and compared at every site, in float64 and float32, at its
+native size and at one that is not square. DINOv2 at full depth is compared by `python -m benchmarks parity`. Takes half
+an hour on two cores.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from convert.verify import Comparison, Size, compare, random_images
 from jaxvit import ViTConfig
 
 DOCS = Path("docs/families.md")
-DEPTH = 2
+DEPTH = {True: 1, False: 2}
+"""Blocks that are compared, of models wider than 1,024 and of others."""
 
 
 def sources(family: str, config: ViTConfig) -> Iterator[tuple[str, Any, convert.Options]]:
@@ -78,7 +79,7 @@ def given(family: str, config: ViTConfig) -> convert.Options:
 def rows() -> Iterator[str]:
     seen = set()
     for checkpoint in known():
-        config = replace(checkpoint.config, depth=DEPTH)
+        config = replace(checkpoint.config, depth=DEPTH[checkpoint.config.width > 1024])
         if (checkpoint.family, config) in seen:
             continue
         seen.add((checkpoint.family, config))
@@ -115,9 +116,9 @@ def main(write: bool) -> None:
     text = f"""# Families, sources and sizes
 
 What `python -m benchmarks families --write` measured: every checkpoint of `python -m convert list` at its own width,
-with random weights and {DEPTH} blocks, from every source it is published in. "Authors' files" are in the layout of the
-family's own repository, and are compared with timm's model, loaded by timm's own translation and with positions
-resampled as the authors do.
+with random weights and {DEPTH[False]} blocks ({DEPTH[True]} above width 1,024), from every source it is published in.
+"Authors' files" are in the layout of the family's own repository, and are compared with timm's model, loaded by timm's
+own translation and with positions resampled as the authors do.
 
 The float64 error is the worst of all sites and layers, max |difference| / max |value| (the limit is 1e-10). The float32
 error is that of jaxvit against the original in float64, divided by the original's own, at the worst layer of the

@@ -56,6 +56,38 @@ def fused_attention(q_BQHd: Array, k_BTHd: Array, v_BTHd: Array) -> Array:
     """softmax(q k / sqrt(d)) v, by the fastest means; the weights are not to be seen."""
     if cudnn_takes(q_BQHd):
         return jax.nn.dot_product_attention(q_BQHd, k_BTHd, v_BTHd, implementation="cudnn")
+    pieces = cpu_pieces(q_BQHd, k_BTHd)
+    if pieces == 1:
+        return attention(q_BQHd, k_BTHd, v_BTHd)
+
+    def of_image(qkv: tuple[Array, Array, Array]) -> Array:
+        q_QHd, k_THd, v_THd = qkv
+        rows = -(-len(q_QHd) // pieces)
+        padded = jnp.pad(q_QHd, ((0, rows * pieces - len(q_QHd)), (0, 0), (0, 0)))
+        parts = padded.reshape(pieces, 1, rows, *q_QHd.shape[1:])
+        z = jax.lax.map(lambda part: attention(part, k_THd[None], v_THd[None]), parts)
+        return jax.lax.collapse(z, 0, 3)[: len(q_QHd)]
+
+    return jax.lax.map(of_image, (q_BQHd, k_BTHd, v_BTHd))
+
+
+CPU_BYTES = 2**24
+"""As much of one image's scores as is written out at once on a CPU: what leaves the caches costs more than twice."""
+
+
+def cpu_pieces(q_BQHd: Array, k_BTHd: Array) -> int:
+    """Into how many pieces the query rows of each image are split; 1 for all images and rows at once.
+
+    Only on a CPU, and not where images may be spread over several devices.
+    """
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return 1
+    _, Q, H, _ = q_BQHd.shape
+    return -(-H * Q * k_BTHd.shape[1] * max(q_BQHd.dtype.itemsize, 4) // CPU_BYTES)
+
+
+def attention(q_BQHd: Array, k_BTHd: Array, v_BTHd: Array) -> Array:
+    """The same, with all scores written out."""
     scores = scaled_scores(q_BQHd, k_BTHd)
     top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))  # cancels
     weights = jnp.exp(scores - top)

@@ -31,10 +31,10 @@ def of_source(source: Mapping[str, Any]) -> Iterable[str]:
     revision = f" at revision {source['revision']}" if "revision" in source else ""
     layout = f", in the layout {source['layout']}" if "layout" in source else ""
     yield f"source: {what}{revision}{layout}"
-    for name in ("architecture", "config given"):
+    for name in ("revision given", "architecture", "config given"):
         if name in source:
             yield f"  {name}: {source[name]}"
-    for file, digest in source.get("sha256", {}).items():
+    for file, digest in {**source.get("sha256", {}), **source.get("config sha256", {})}.items():
         yield f"  {file}: sha256 {digest}"
     if versions := source.get("versions"):
         yield f"  converted with {named_versions(versions)}"

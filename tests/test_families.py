@@ -23,7 +23,15 @@ import convert.timm as plain
 import jaxvit
 from benchmarks.originals import randomise
 from convert import ConversionError
-from convert.originals import build_clip, build_dinov3, build_dinov3_timm, build_timm, build_transformers, original_of
+from convert.originals import (
+    build_clip,
+    build_dinov3,
+    build_dinov3_timm,
+    build_timm,
+    build_transformers,
+    fold,
+    original_of,
+)
 from convert.verify import FLOAT32_SITES, Size, compare, random_images
 from jaxvit import ViTConfig
 from jaxvit.params import to_params
@@ -197,6 +205,29 @@ def test_official_files(name):
 def test_live_modules(name):
     module = randomise(MODULES[name]())
     assert_equal(convert.load(module), original_of(module), [(4, 4), (2, 8)])
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_open_clip(quick):
+    """A whole CLIP of OpenCLIP, by its own code, whose names are OpenAI's: every block, and the projection."""
+    open_clip = pytest.importorskip("open_clip.model")
+    vision = open_clip.CLIPVisionCfg(layers=2, width=128, head_width=64, patch_size=4, image_size=16)
+    text = open_clip.CLIPTextCfg(context_length=8, vocab_size=50, width=64, heads=2, layers=1)
+    whole = randomise(open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text, quick_gelu=quick))
+    model = convert.load(whole.state_dict(), config={"mlp": "quick_gelu" if quick else "gelu"})
+    visual = whole.visual
+    fold(visual.class_embedding, visual.positional_embedding[0])  # as conversion does, in float32
+    stream = []
+    for block in visual.double().transformer.resblocks:
+        block.register_forward_hook(lambda _, inputs, output: stream.append(output.numpy()))
+    images = random_images(model, Size(16, 16), tokens=100).astype(np.float32)
+    with torch.inference_mode():
+        projected = visual(torch.tensor(images, dtype=torch.float64).permute(0, 3, 1, 2)).numpy()
+    with jax.enable_x64(True):
+        run = jax.jit(lambda model, images: model(images, record="resid_post"))
+        out = run(jaxvit.cast(model, "float64"), jnp.asarray(images, jnp.float64))
+    np.testing.assert_allclose(out.trace["resid_post"], np.stack(stream), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(out.logits, projected, rtol=0, atol=1e-12)
 
 
 def test_teacher_or_student():

@@ -15,7 +15,7 @@ from conftest import FAMILIES, TINY, random_images, random_model
 from flax import nnx
 
 import jaxvit
-from jaxvit import SITES, Take, ViT, ViTConfig
+from jaxvit import SITES, Take, ViT, ViTConfig, attention
 from jaxvit.layers import PlainMlp
 from jaxvit.params import abstract, from_params, to_params
 from jaxvit.sites import ATTENTION_SITES
@@ -539,3 +539,24 @@ def test_models_are_plain_trees_whatever_the_mode_of_flax():
     )
     assert done.returncode == 0, done.stderr
     assert "ran to the end" in done.stdout
+
+
+@pytest.mark.parametrize("rows", [1, 5, 24])
+def test_attention_in_pieces_is_attention(rows, monkeypatch):
+    """On a CPU, long sequences are attended to some rows at a time: the same values and gradients."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 24, 3, 8)), jnp.float32) for _ in range(3))
+    q = q[:, 1:]  # 23 rows, which some pieces do not divide
+
+    def run(q, k, v):
+        return jax.jit(jax.value_and_grad(lambda *qkv: (attention.fused_attention(*qkv) ** 2).sum(), (0, 1, 2)))(
+            q, k, v
+        )
+
+    whole = run(q, k, v)
+    monkeypatch.setattr(attention, "CPU_BYTES", rows * 3 * 24 * 4)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert attention.cpu_pieces(q, k) == -(-23 // rows)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), run(q, k, v), whole)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert attention.cpu_pieces(q, k) == 1
