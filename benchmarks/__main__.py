@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     command = of["speed"]
     command.add_argument("--full", action="store_true", help="every model, size and batch")
     command.add_argument("--keep", metavar="NAME", help="keep as benchmarks/results/NAME.json, and show in README.md")
+    command.add_argument("--only", metavar="SIZE:PIXELS", help="measure these anew, and replace them in what is kept")
     command.add_argument("--precision", choices=speed.PRECISIONS, default="float32", help="of both sides")
     command.add_argument("--seconds", type=float, default=20.0, help="how long each set of alternatives takes turns")
     command.add_argument("--out", type=Path, default=Path("out/speed.json"), help="where the JSON goes (%(default)s)")
@@ -49,7 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     o = parser.parse_args(argv if argv else ["speed"])
     match o.command:
         case "speed":
-            speed.main(o.full, o.keep, o.precision, o.seconds, o.out)
+            if o.only:
+                speed.again(o.only, o.keep or parser.error("--only needs --keep NAME"), o.seconds)
+            else:
+                speed.main(o.full, o.keep, o.precision, o.seconds, o.out)
         case "parity":
             parity.main(o.write)
         case "families":

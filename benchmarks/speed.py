@@ -393,6 +393,33 @@ def set_precision(precision: str) -> None:
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
 
 
+def again(only: str, keep: str, seconds: float) -> None:
+    """Measures the cases of one model and size anew, and replaces their rows in results that are kept.
+
+    Args:
+      only: "small:518".
+    """
+    size, _, pixels = only.partition(":")
+    path = RESULTS / f"{keep}.json"
+    batches = FULL.get((size, int(pixels or 0)))
+    if batches is None or not path.is_file():
+        raise SystemExit(f"error: {path} holds no {only}; there are {', '.join(f'{s}:{p}' for s, p in FULL)}")
+    results = json.loads(path.read_text())
+    if (device_name(), os.environ.get("XLA_FLAGS", "")) != (results["device"], results["XLA_FLAGS"]):
+        raise SystemExit(f"error: {path} was measured on another device, or with other flags")
+    set_precision(results["precision"])
+    for batch in batches:
+        new = [row._asdict() for row in forwards(Case(size, int(pixels), batch, results["precision"]), seconds)]
+        measured = {(row["model"], row["pixels"], row["batch"], row["task"], row["other"]): row for row in new}
+        results["rows"] = [
+            measured.get((row["model"], row["pixels"], row["batch"], row["task"], row["other"]), row)
+            for row in results["rows"]
+        ]
+        print(table([Row(**row) for row in new]))
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    write_readme()
+
+
 def main(full: bool, keep: str | None, precision: str, seconds: float, out: Path) -> None:
     set_precision(precision)
     rows: list[Row] = []

@@ -139,7 +139,11 @@ def analyse(
 
     Raises:
       jaxvit.ImageError: not one image could be used.
+      ValueError: a model without a class token, or whose attention is no sum of its heads.
     """
+    if not model.config.cls or model.config.branch_norms:
+        what = "normalises what its heads write" if model.config.cls else "has no [CLS]"
+        raise ValueError(f"this model {what}: there is no update of [CLS] that splits into parts")
     preprocess = model.config.preprocess if size is None else model.config.preprocess.at(size)
     layout = model.config.layout(preprocess.crop)
     run = jax.jit(measure)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import jax
@@ -181,6 +182,13 @@ def test_errors_are_one_sentence_and_leave_nothing(model, folder, tmp_path, caps
         assert error.startswith("error: ") and words in error, error
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*")), change
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+def test_models_that_do_not_split_are_refused():
+    config = ViTConfig(depth=1, width=8, heads=2, hidden=8, patch=4, grid=(2, 2))
+    for changes, word in ((dict(cls=False, pool="mean"), r"no \[CLS\]"), (dict(branch_norms=True), "normalises")):
+        with pytest.raises(ValueError, match=word):
+            last_layer.analyse(random_model(replace(config, **changes)), [])
 
 
 def test_running_statistics():
