@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -158,6 +159,8 @@ def any_entry(folder: Path) -> bool:
 def replacing(folder: Path, own: Collection[str]) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` if the block succeeds, and disappears if it fails.
 
+    What a process left that was killed before it could, the next one that writes the same folder takes away.
+
     Args:
       own: patterns of names of what is written there; a folder that holds anything else is never replaced.
     """
@@ -167,9 +170,15 @@ def replacing(folder: Path, own: Collection[str]) -> Iterator[Path]:
         if foreign := [name for name in present if not any(fnmatchcase(name, pattern) for pattern in own)]:
             raise CheckpointError(f"{folder} holds other things, such as {foreign[0]}: choose another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.????????"):
+            with claimed(leftover) as ours:
+                if ours:
+                    shutil.rmtree(leftover, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
         raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from None
+    stack = ExitStack()
+    stack.enter_context(claimed(temporary))
     old = temporary.with_name(temporary.name + ".old")
     try:
         temporary.chmod(0o755)  # mkdtemp makes it private
@@ -184,6 +193,27 @@ def replacing(folder: Path, own: Collection[str]) -> Iterator[Path]:
             old.rename(folder)
         for leftover in (old, temporary):
             shutil.rmtree(leftover, ignore_errors=True)
+        stack.close()
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether this process has the folder for itself while the block runs; the claim ends with the process."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows: what a killed process left stays there
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # another process has it, or the file system knows no locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ import convert
 import jaxvit
 from convert import ConversionError, engine
 from jaxvit import CheckpointError, checkpoint
-from jaxvit.checkpoint import SafetensorsFile, save_file
+from jaxvit.checkpoint import SafetensorsFile, claimed, save_file
 from jaxvit.params import to_params
 
 ROOT = Path(__file__).parents[1]
@@ -338,7 +338,10 @@ def test_a_full_disk_is_one_sentence(source, place, monkeypatch):
 
 
 def test_a_killed_conversion_leaves_no_model(source, place):
-    """Killed half-way, when nothing can be tidied up: what is left is no model, and the next run succeeds."""
+    """Killed half-way, when nothing can be tidied up: what is left is no model, and the next run takes it away.
+
+    But not what a process that still runs is writing.
+    """
     code = f"""
         import os, signal, sys
         from pathlib import Path
@@ -359,6 +362,7 @@ def test_a_killed_conversion_leaves_no_model(source, place):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (place / "model").exists()
+    assert len([*place.iterdir()]) == 1
     for left in place.iterdir():  # a hidden folder of some tensors
         assert left.name.startswith(".model.")
         for read in (jaxvit.load, jaxvit.read_config, convert.load):
@@ -366,8 +370,13 @@ def test_a_killed_conversion_leaves_no_model(source, place):
                 read(left)
         with pytest.raises(CheckpointError, match="not a complete safetensors file"):
             SafetensorsFile(left / "model.safetensors")
-    convert.convert_to_folder(source, place / "model")
+    with claimed(left) as ours:
+        assert ours
+        convert.convert_to_folder(source, place / "model")
+        assert left.is_dir()
     assert jaxvit.load(place / "model").config == convert.load(source).config
+    convert.convert_to_folder(source, place / "model", overwrite=True)
+    assert names(place) == ["model"]
 
 
 def test_all_offenders_are_listed_and_nothing_is_written(place):
