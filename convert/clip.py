@@ -37,6 +37,11 @@ def decided(found: dict[str, Any], hints: Mapping[str, Any], **more: Any) -> ViT
             "the tensors of this CLIP do not tell its activation: say config={'mlp': 'quick_gelu'} "
             "(--set mlp=quick_gelu) if it is OpenAI's or one trained like it, or 'gelu' if not"
         )
+    if found["width"] > 1024 and "heads" not in hints:  # OpenCLIP's H, g and G have heads of 80, 88 and 104
+        raise ConversionError(
+            f"the tensors of this CLIP of width {found['width']} do not tell its number of heads: say "
+            f"config={{'heads': 16}} (--set heads=16), or give the folder with its config"
+        )
     return decide(found, told | more, hints)
 
 

@@ -44,11 +44,18 @@ PERIODS = "rope_embed.periods"
 
 
 def hub_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
-    config = read_config(tensors, hints, HUB_NAMES, always=ALWAYS, rope="bfloat16", **FAMILY)
+    width = shape_of(tensors, "patch_embed.proj.weight", 4)[0]
+    family = FAMILY | dict(heads=heads_of(width), rope="bfloat16")
+    config = read_config(tensors, hints, HUB_NAMES, always=ALWAYS, **family)
     expected = rope_periods(config.head_size, config.rope_base, "bfloat16")
     if PERIODS in tensors and not np.array_equal(np.asarray(tensors[PERIODS], np.float64), expected):
         raise ConversionError(f"{PERIODS} are not those of base 100 in bfloat16: rotary positions of another kind")
     return config
+
+
+def heads_of(width: int) -> int:
+    """Heads are of 64, but of 128 in the 7B."""
+    return width // (128 if width == 4096 else 64)
 
 
 def masked(bias: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
@@ -83,7 +90,9 @@ def timm_names(tensors: Tensors) -> Names:
 
 
 def timm_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
-    config = read_config(tensors, hints, timm_names(tensors), always=ALWAYS, rope="float32", **FAMILY)
+    width = shape_of(tensors, "patch_embed.proj.weight", 4)[0]
+    family = FAMILY | dict(heads=heads_of(width), rope="float32")
+    config = read_config(tensors, hints, timm_names(tensors), always=ALWAYS, **family)
     return replace(config, qkv_bias="blocks.0.attn.q_bias" in tensors)
 
 
@@ -128,7 +137,7 @@ def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig
         positions=False,
         qkv_bias="layer.0.attention.q_proj.bias" in tensors,
     )
-    told = dict(heads=width // 64, mlp="swiglu" if gated else "gelu", rope="float32", **FAMILY)
+    told = dict(heads=heads_of(width), mlp="swiglu" if gated else "gelu", rope="float32", **FAMILY)
     return decide(found, told, {**hints, **({"mlp": "swiglu"} if gated else {})})
 
 

@@ -22,7 +22,8 @@ import convert
 import convert.timm as plain
 import jaxvit
 from benchmarks.originals import randomise
-from convert import ConversionError
+from convert import ConversionError, clip, dinov3
+from convert.catalogue import known
 from convert.originals import (
     build_clip,
     build_dinov3,
@@ -35,6 +36,7 @@ from convert.originals import (
 from convert.verify import FLOAT32_SITES, Size, compare, random_images
 from jaxvit import ViTConfig
 from jaxvit.params import to_params
+from jaxvit.positions import rope_periods
 
 TINY = dict(depth=2, width=128, heads=2, hidden=512, patch=4, grid=(4, 4))
 PLAIN = ViTConfig(**TINY, layer_scale=False)
@@ -248,6 +250,13 @@ def test_a_bare_clip_is_asked_for_its_activation(tmp_path):
         assert convert.load(file, config={"mlp": "gelu"}).config.mlp == "gelu"
 
 
+def test_a_large_clip_is_asked_for_its_heads():
+    found = dict(depth=32, width=1280, hidden=5120, patch=14, grid=(16, 16))
+    with pytest.raises(ConversionError, match=r"width 1280 do not tell its number of heads.*heads=16"):
+        clip.decided(found, {"mlp": "gelu"})
+    assert clip.decided(found, {"mlp": "gelu", "heads": 16}).head_size == 80
+
+
 def test_a_config_given_must_be_one():
     with pytest.raises(ConversionError, match="a config has no activation"):
         convert.load(openai(), config={"activation": "gelu"})
@@ -260,6 +269,21 @@ def test_rotary_periods_must_be_those_of_the_config():
     file["rope_embed.periods"] = file["rope_embed.periods"] * 2
     with pytest.raises(ConversionError, match=r"rope_embed\.periods are not those of base 100"):
         convert.load(file)
+
+
+def test_the_largest_has_wider_heads():
+    """Of the 7B's shapes: 32 heads of 128, which its 32 periods show and its config.json says."""
+    D = 4096
+    shapes = {"patch_embed.proj.weight": (D, 3, 16, 16), "cls_token": (1, 1, D), "storage_tokens": (1, 4, D)}
+    block = {"norm1.weight": (D,), "attn.qkv.weight": (3 * D, D), "ls1.gamma": (D,)}
+    block |= {"mlp.w1.weight": (2 * D, D), "mlp.w2.weight": (2 * D, D), "mlp.w3.weight": (D, 2 * D)}
+    shapes |= {f"blocks.{i}.{name}": shape for i in range(40) for name, shape in block.items()}
+    state = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    state["rope_embed.periods"] = rope_periods(128, 100.0, "bfloat16").astype(np.float32)
+    config = dinov3.hub_config(state, {})
+    (published,) = [each.config for each in known() if each.name == "7B/16"]
+    assert config == replace(published, rope="bfloat16", qkv_bias=config.qkv_bias)
+    assert (config.heads, config.head_size, config.hidden) == (32, 128, 8192)
 
 
 def test_both_conventions_of_periods_differ():
