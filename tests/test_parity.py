@@ -40,7 +40,7 @@ CONFIGS = {
     )
 }
 SITES_BOTH_HAVE = {"resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid"} | {
-    "mlp_pre", "mlp_post", "mlp_out", "resid_post", "final"
+    "mlp_pre", "mlp_post", "mlp_out", "resid_post", "final", "pooled"
 }  # fmt: skip
 
 
@@ -62,7 +62,9 @@ def check(model, originals, images):
     depth = model.config.depth
     for comparison in compare_all(model, originals, images, defaults=False):
         assert set(comparison.float64) == SITES_BOTH_HAVE
-        assert all(len(layers) == (1 if site == "final" else depth) for site, layers in comparison.float64.items())
+        assert all(
+            len(layers) == (1 if site in ("final", "pooled") else depth) for site, layers in comparison.float64.items()
+        )
         for site, layers in comparison.float64.items():
             assert max(layers) <= 1e-10, (site, layers)
         for site in FLOAT32_SITES:
@@ -115,7 +117,7 @@ def test_random_weights(name):
     # Where nothing is resampled, the three are one model; and what timm makes of the hub's file is what it makes of its
     # own, to the last bit.
     assert native == default_sizes(model)[0]
-    ours, hub = (originals[f"dinov2/{layout}"].module.state_dict() for layout in ("timm", "hub"))
+    ours, hub = (originals[layout].module.state_dict() for layout in ("timm", "dinov2/hub"))
     assert ours.keys() == hub.keys() and all(torch.equal(ours[name], hub[name]) for name in ours)
     del originals["dinov2/hub"], hub, same
     check(model, [*originals.values()], noise(model, native))
@@ -125,7 +127,7 @@ def test_full_depth():
     """Of base; all blocks in one scan."""
     config = ViTConfig.dinov2("base", 4)
     n = weights(config)
-    states = [WRITERS[layout](config, n) for layout in ("dinov2/timm", "dinov2/transformers")]
+    states = [WRITERS[layout](config, n) for layout in ("timm", "dinov2/transformers")]
     model, images = convert.load(states[0]), noise(convert.load(states[0]), SIZES[2])
     assert layers_at_a_time(model.config, images, "float64") == model.config.depth == 12
     check(model, [original_of(state) for state in states], images)
@@ -204,7 +206,7 @@ def test_originals_run_as_in_their_library(library, registers, mlp, shape):
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     *layers, last = original_of(module).run(images, torch.float32)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
-    assert len(layers) == 3 and last.keys() == {"final"}
+    assert len(layers) == 3 and last.keys() == {"final", "pooled"}
     for layer, following in pairwise(layers):
         np.testing.assert_array_equal(layer["resid_post"], following["resid_pre"])
 
@@ -232,7 +234,7 @@ def test_scans_over_some_of_the_blocks(monkeypatch):
         out = jax.jit(lambda model, images: model(images, record=("resid_post", "mlp_post")))(
             jaxvit.cast(model, "float64"), jnp.asarray(images)
         )
-    assert len(layers) == 6 and last.keys() == {"final"}
+    assert len(layers) == 6 and last.keys() == {"final", "pooled"}
     for site, value in out.trace.items():
         np.testing.assert_allclose(np.stack([layer[site] for layer in layers]), value, rtol=0, atol=1e-13)
     final = np.concatenate([out.cls[:, None], out.registers, out.patches], axis=1)
