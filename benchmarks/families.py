@@ -122,7 +122,8 @@ own translation and with positions resampled as the authors do.
 
 The float64 error is the worst of all sites and layers, max |difference| / max |value| (the limit is 1e-10). The float32
 error is that of jaxvit against the original in float64, divided by the original's own, at the worst layer of the
-residual stream, the attention pattern and the output (the limit is 2).
+residual stream, the attention pattern and the output (the limit is 2). It is a quotient of two maxima over one or a few
+images, and moves between runs, as PyTorch's threads split sums in other ways.
 
 | model | source | pixels | float64 error | float32 error ÷ the original's |
 |---|---|---|---|---|
