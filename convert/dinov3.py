@@ -45,7 +45,7 @@ PERIODS = "rope_embed.periods"
 
 def hub_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
     width = shape_of(tensors, "patch_embed.proj.weight", 4)[0]
-    family = FAMILY | dict(heads=heads_of(width), rope="bfloat16")
+    family: dict[str, Any] = FAMILY | dict(heads=heads_of(width), rope="bfloat16")
     config = read_config(tensors, hints, HUB_NAMES, always=ALWAYS, **family)
     expected = rope_periods(config.head_size, config.rope_base, "bfloat16")
     if PERIODS in tensors and not np.array_equal(np.asarray(tensors[PERIODS], np.float64), expected):
@@ -91,7 +91,7 @@ def timm_names(tensors: Tensors) -> Names:
 
 def timm_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
     width = shape_of(tensors, "patch_embed.proj.weight", 4)[0]
-    family = FAMILY | dict(heads=heads_of(width), rope="float32")
+    family: dict[str, Any] = FAMILY | dict(heads=heads_of(width), rope="float32")
     config = read_config(tensors, hints, timm_names(tensors), always=ALWAYS, **family)
     return replace(config, qkv_bias="blocks.0.attn.q_bias" in tensors)
 
