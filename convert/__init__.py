@@ -155,7 +155,7 @@ def read(source: Any, **known: Unpack[Reading]) -> Source:
     return opened
 
 
-CONFIG_FIELDS = tuple(field.name for field in fields(jaxvit.ViTConfig))
+CONFIG_FIELDS = tuple(field.name for field in fields(jaxvit.ViTConfig) if field.compare)
 
 
 def reading(options: Mapping[str, Any]) -> Reading:

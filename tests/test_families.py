@@ -182,18 +182,20 @@ def timm_model(**changes):
 
 
 def assert_equal(model, original, sizes=((4, 4), (2, 8), (8, 2))):
-    """By the standard of `convert.verify`, at the native size and others of as many tokens, which run one program."""
-    p = model.config.patch
-    for rows, columns in sizes:
-        images = random_images(model, Size(rows * p, columns * p), tokens=500)
+    """By the standard of `convert.verify`, at the native size and others of as many tokens, which run one program.
+
+    In models so small, the quotient of two largest float32 errors is a matter of luck: at every site and layer, that of
+    the middle one of three runs counts.
+    """
+    p, ratios = model.config.patch, []
+    for seed, (rows, columns) in enumerate(sizes):
+        images = random_images(model, Size(rows * p, columns * p), seed=seed, tokens=500)
         found = compare(model, original, images, defaults=False)
         assert {"resid_pre", "q", "k", "pattern", "final", "pooled"} <= set(found.float64)
         assert ("logits" in found.float64) == (model.config.classes > 0)
         assert found.worst64() <= 1e-10, found.float64
-        # In models so small, the quotient of two largest errors is a matter of luck, and of how PyTorch's threads split
-        # sums; lost precision would show at all sites. At full width, docs/families.md has the largest of each model.
-        ratios = np.concatenate([found.ratios()[site] for site in FLOAT32_SITES])
-        assert np.exp(np.log(ratios).mean()) <= 1.5 and ratios.max() <= 4, found.ratios()
+        ratios.append(np.concatenate([found.ratios()[site] for site in FLOAT32_SITES]))
+    assert len(ratios) == 3 and np.median(ratios, axis=0).max() <= 2, ratios
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -208,7 +210,7 @@ def test_official_files(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_live_modules(name):
     module = randomise(MODULES[name]())
-    assert_equal(convert.load(module), original_of(module), [(2, 8)])
+    assert_equal(convert.load(module), original_of(module), [(2, 8)] * 3)
 
 
 @pytest.mark.parametrize("quick", [True, False])
