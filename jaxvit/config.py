@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from jaxvit.tokens import TokenLayout
@@ -138,6 +139,7 @@ class ViTConfig:
     origin: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("depth", "width", "heads", "hidden", "patch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -207,6 +209,23 @@ class ViTConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> ViTConfig:
         """The inverse of `to_dict`. Unknown or missing names raise a ValueError that lists them."""
         return _strict(cls, values, grid=tuple, preprocess=lambda p: _strict(Preprocess, p, mean=tuple, std=tuple))
+
+
+KINDS = {"int": (Integral, "a whole number"), "float": (Real, "a number"), "bool": (bool, "true or false")}
+
+
+def check_types(config: ViTConfig) -> None:
+    """Raises a ValueError that lists every field whose value is of another type than the field's."""
+    wrong = []
+    for each in fields(config):
+        kind, words = KINDS.get(str(each.type), (object, ""))
+        value = getattr(config, each.name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind in (Integral, Real)):
+            wrong.append(f"{each.name} is {value!r}; expected {words}")
+    if not isinstance(config.grid, tuple) or [type(n) for n in config.grid] != [int, int]:
+        wrong.append(f"grid is {config.grid!r}; expected a tuple of two whole numbers")
+    if wrong:
+        raise ValueError("; ".join(wrong))
 
 
 def _strict(cls: Any, values: Mapping[str, Any], **decode: Any) -> Any:

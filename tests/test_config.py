@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxvit import Preprocess, TokenLayout, ViTConfig
-from jaxvit.config import Mlp
+from jaxvit.config import Mlp, check_types
 
 SMALL = dict(depth=2, width=32, heads=4, hidden=48)
 
@@ -168,3 +168,22 @@ def test_the_kinds_of_mlp_are_those_the_model_has():
     from jaxvit.layers import ACTIVATIONS
 
     assert {*ACTIVATIONS, "swiglu"} == set(Mlp.__args__)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("heads", "six", "heads is 'six'; expected a whole number"),
+        ("depth", 2.0, "expected a whole number"),
+        ("registers", True, "expected a whole number"),
+        ("eps", "1e-6", "expected a number"),
+        ("cls", 1, "expected true or false"),
+        ("grid", [4, 4], "expected a tuple"),
+    ],
+)
+def test_values_of_another_type_are_named(field, value, words):
+    config = ViTConfig(**SMALL)
+    check_types(config)
+    object.__setattr__(config, field, value)  # as the tests' checks of types would not let it through
+    with pytest.raises(ValueError, match=words):
+        check_types(config)
