@@ -32,7 +32,7 @@ from jaxvit.progress import bar
 from jaxvit.sites import Record, recording_plan
 from jaxvit.tap import Tap
 from jaxvit.tokens import TokenLayout
-from jaxvit.vit import ViT
+from jaxvit.vit import Block, ViT
 
 # These are sums of a few large terms that cancel: keep all bits also where matrix products default to fewer.
 einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -385,6 +385,8 @@ def each_layer(
     measure: Callable[[dict[str, Array]], Any],
     record: Record,
     edits: Edits | None = None,
+    *,
+    start: tuple[int, Float[Array, "B T D"]] | None = None,
 ) -> PyTree[Array]:
     """Runs the model and measures every layer as it goes by, in the memory of one layer's trace.
 
@@ -396,18 +398,37 @@ def each_layer(
       images, edits: as for the model.
       measure: function of a trace of one layer, whose arrays have no axis of layers.
       record: sites to measure; of all layers.
+      start: a layer, and the stream that enters it, to run from there on, as `run_from` does; the images then only
+        tell their size.
 
     Returns:
-      What `measure` gives, with an axis of layers in front.
+      What `measure` gives, with an axis of the layers that run in front.
 
     Raises:
       ValueError: a record of only some layers, or what the model raises.
+    """
+    return layer_by_layer(model, images, lambda trace, block: measure(trace), record, edits, start=start)[1]
+
+
+def layer_by_layer(
+    model: ViT,
+    images: Float[Array, "B H W 3"],
+    measure: Callable[[dict[str, Array], Block], Any],
+    record: Record,
+    edits: Edits | None = None,
+    *,
+    start: tuple[int, Float[Array, "B T D"]] | None = None,
+) -> tuple[Float[Array, "B T D"], PyTree[Array]]:
+    """The tokens after the last block, before the final norm, and what `each_layer` returns.
+
+    Args:
+      measure: of a trace of one layer, and of that layer's block.
     """
     plan = recording_plan(record, model.config.depth)
     if len(plan) > 1:
         raise ValueError("each_layer measures all layers: leave out layers=.. of the sites to record")
     ((_, _, wanted),) = plan
-    stream = model.embed(images)
+    first, stream = (0, model.embed(images)) if start is None else start
     changes = listed(edits)
     check_edits(changes, model._sizes(*stream.shape[:2]))
     scanned, of_layer = by_layer(changes, model.config.depth)
@@ -416,9 +437,13 @@ def each_layer(
     def step(x_BTD, layer):
         block, edits = layer
         tap = Tap(wanted, of_layer(edits), model.prefix)
-        return block(x_BTD, tap, turn), measure(tap.trace)
+        x_BTD = block(x_BTD, tap, turn)
+        return x_BTD, measure(tap.trace, block)
 
-    return jax.lax.scan(step, stream, (model.blocks, scanned))[1]
+    layers = (model.blocks, scanned)
+    if first:
+        layers = jax.tree.map(lambda a: jax.lax.slice_in_dim(a, first, model.config.depth), layers)
+    return jax.lax.scan(step, stream, layers)
 
 
 def over_images(
@@ -469,6 +494,21 @@ def over_images(
     return jax.tree.map(lambda *a: np.concatenate(a), *found)
 
 
+def readout(model: ViT) -> Readout:
+    """What follows the heads, of all layers: each of its arrays has an axis of layers in front.
+
+    Raises:
+      ValueError: a model that normalises what its heads write together, which is no sum over them.
+    """
+    c, attention = model.config, model.blocks.attn.proj
+    if c.branch_norms:
+        raise ValueError("this model normalises the joint output of its heads: it is not a sum of parts")
+    kernel = attention.kernel[...].reshape(c.depth, c.heads, c.head_size, c.width)
+    bias = jnp.zeros((c.depth, c.width), kernel.dtype) if attention.bias is None else attention.bias[...]
+    gamma = model.blocks.scale1.gamma[...] if isinstance(model.blocks.scale1, LayerScale) else jnp.ones_like(bias)
+    return Readout(kernel, bias, gamma)
+
+
 def _over_layers(model: ViT, layers: Layers, of_layer: Callable[..., Any], pattern: Array, v: Array, *more: Array):
     """`of_layer(readout, pattern, v, *more)` of one layer, or of several one after another."""
     c = model.config
@@ -491,14 +531,8 @@ def _over_layers(model: ViT, layers: Layers, of_layer: Callable[..., Any], patte
     # A type of its own for all, as half precision has weights in float32 and values not.
     dtype = _wide(pattern, v, *more)
     arrays = [array.astype(dtype) for array in (pattern, v, *more)]
-    if c.branch_norms:
-        raise ValueError("this model normalises the joint output of its heads: it is not a sum of parts")
-    attention = model.blocks.attn.proj
-    kernel = attention.kernel[...].reshape(c.depth, c.heads, c.head_size, c.width)
-    bias = jnp.zeros((c.depth, c.width), kernel.dtype) if attention.bias is None else attention.bias[...]
-    gamma = model.blocks.scale1.gamma[...] if isinstance(model.blocks.scale1, LayerScale) else jnp.ones_like(bias)
     at = several if one else np.asarray(several)
-    readouts = Readout(kernel, bias, gamma)
+    readouts = readout(model)
     chosen = readouts if layers is None else jax.tree.map(lambda a: a[at], readouts)
     chosen = jax.tree.map(lambda a: a.astype(dtype), chosen)
     return of_layer(chosen, *arrays) if one else jax.lax.map(lambda xs: of_layer(*xs), (chosen, *arrays))

@@ -10,11 +10,15 @@ use it), and with the mean of the biased value over all n! pairings of the rows,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+Numbers = np.ndarray | np.floating | float
+"""One number, or an array of them, for representations with axes in front of their rows."""
 
 
 class CKA(NamedTuple):
@@ -24,14 +28,16 @@ class CKA(NamedTuple):
       biased: the usual estimate, in [0, 1].
       unbiased: from unbiased HSICs; about 0 for independent data, may be slightly negative. NaN below 4 pairs.
       null: what `biased` is on average over all orders of the rows of one side.
+
+    The three are numbers, or arrays [*batch] of representations with axes in front of their rows.
     """
 
     n: int
     d1: int
     d2: int
-    biased: float
-    unbiased: float
-    null: float
+    biased: Any
+    unbiased: Any
+    null: Any
 
 
 def cosine(x: Float[Array, "*#batch D"], y: Float[Array, "*#batch D"]) -> Float[Array, "*out"]:
@@ -43,119 +49,230 @@ def cosine(x: Float[Array, "*#batch D"], y: Float[Array, "*#batch D"]) -> Float[
 class StreamingCKA:
     """Linear CKA between several named representations and one `reference`, batch by batch.
 
-    Memory is a few matrices of the sizes of the representations, whatever the number of rows. Accumulates on the host
-    in float64. The result equals the direct formulas on all rows at once.
+    Memory is a few matrices of the sizes of the representations, and no more rows than there are numbers in one,
+    whatever the number of rows in all. Accumulates on the host in float64. The result equals the direct
+    formulas on all rows at once.
 
         cka = StreamingCKA()
         for batch in batches:
             cka.update(full, {"patches": patches, "registers": registers})
         cka.results()["patches"].unbiased
+
+    Representations may have axes in front of their rows, [layers, heads, rows, d], the same for all: then there is one
+    CKA for each entry of these.
     """
 
     def __init__(self) -> None:
         self.n = 0
+        self.waiting: list[dict[str, np.ndarray]] = []  # batches that are not in the sums yet
+        self.sizes: dict[str, tuple[int, ...]] = {}
         self.origins: dict[str, np.ndarray] = {}
         self.sums: dict[str, dict[str, np.ndarray]] = {}
 
-    def update(self, reference: np.ndarray, others: dict[str, np.ndarray]) -> None:
-        """Adds rows: `reference` [b, d1] and each of `others` [b, d2], of the same images in the same order.
+    def update(self, reference: np.ndarray, others: Mapping[str, np.ndarray]) -> None:
+        """Adds rows: `reference` [*batch, b, d1] and each of `others` [*batch, b, d2], of the same images in the same
+        order.
 
         Raises:
-          ValueError: numbers of rows that differ, or other names or widths than before; nothing is added.
+          ValueError: numbers of rows that differ, or other names or sizes than before; nothing is added.
         """
+        front, count = np.shape(reference)[:-2], np.shape(reference)[-2:-1]
         for name, rows in others.items():
-            if len(rows) != len(reference):
-                raise ValueError(f"{name} has {len(rows)} rows, the reference {len(reference)}")
-        given = {"reference": reference, **{f"other {name}": rows for name, rows in others.items()}}
+            if np.shape(rows)[-2:-1] != count:
+                raise ValueError(f"{name} has {len_of(rows)} rows, the reference {len_of(reference)}")
+        given = {REFERENCE: reference, **others}
         for name, rows in given.items():
-            width = self.origins[name].shape if name in self.origins else np.shape(rows)[1:]
-            if np.ndim(rows) != 2 or np.shape(rows)[1:] != width:
-                raise ValueError(f"{name} has shape {np.shape(rows)}; expected [rows, {', '.join(map(str, width))}]")
-        if self.n and set(others) != set(self._names()):
-            raise ValueError(f"representations are {sorted(others)}, but were {sorted(self._names())} so far")
-        if len(reference) == 0:
+            known = self.sizes.get(name, (*front, *np.shape(rows)[-1:]))
+            if np.ndim(rows) < 2 or (*np.shape(rows)[:-2], *np.shape(rows)[-1:]) != known:
+                axes = ", ".join(map(str, (*known[:-1], "rows", *known[-1:])))
+                raise ValueError(f"{name or 'the reference'} has shape {np.shape(rows)}; expected [{axes}]")
+        if self.n and given.keys() != self.sizes.keys():
+            raise ValueError(f"representations are {sorted(others)}, but were {sorted(self.names)} so far")
+        if count == (0,):
             return
-        x = self._shifted("reference", reference)
+        self.sizes = {name: (*front, np.shape(rows)[-1]) for name, rows in given.items()}
+        # In one order, which sums depend on to the bit; a file has no other.
+        self.waiting.append({name: np.array(rows, order="C") for name, rows in given.items()})
+        self.n += count[0]
+        if sum(map(len_of, (batch[REFERENCE] for batch in self.waiting))) > max(
+            size[-1] for size in self.sizes.values()
+        ):
+            self._fold()
+
+    @property
+    def names(self) -> list[str]:
+        """Of the representations that are compared with the reference."""
+        return [name for name in self.sizes if name != REFERENCE]
+
+    def _fold(self) -> None:
+        """Adds all waiting batches to the sums, as one: many rows at once cost hardly more than few."""
+        whole = {name: np.concatenate([batch[name] for batch in self.waiting], axis=-2) for name in self.sizes}
+        x = self._shifted(REFERENCE, whole[REFERENCE])
         self._add("reference", moments(x, x))
-        for name, rows in others.items():
-            y = self._shifted(f"other {name}", rows)
+        for name in self.names:
+            y = self._shifted(name, whole[name])
             self._add(f"other {name}", moments(y, y))
             self._add(f"cross {name}", moments(x, y))
-        self.n += len(x)
+        self.waiting = []
 
-    def _names(self) -> list[str]:
-        return [key.removeprefix("other ") for key in self.sums if key.startswith("other ")]
+    def _folded(self) -> StreamingCKA:
+        """The same with all rows in its sums."""
+        if not self.waiting:
+            return self
+        whole = StreamingCKA()
+        whole.n, whole.sizes, whole.waiting = self.n, self.sizes, self.waiting
+        whole.origins, whole.sums = dict(self.origins), {name: dict(sums) for name, sums in self.sums.items()}
+        whole._fold()
+        return whole
 
     def _shifted(self, name: str, rows: np.ndarray) -> np.ndarray:
-        # CKA does not depend on the origin, but its rounding error does: count from the first batch's mean.
+        # CKA does not depend on the origin, but its rounding error does: count from the mean of the first rows.
         rows = np.asarray(rows, np.float64)
-        return rows - self.origins.setdefault(name, rows.mean(axis=0))
+        return rows - self.origins.setdefault(name, rows.mean(axis=-2))[..., None, :]
 
-    def _add(self, name: str, new: dict[str, np.ndarray]) -> None:
+    def _add(self, name: str, new: dict[str, Any]) -> None:
         sums = self.sums.setdefault(name, {})
         for key, value in new.items():
             sums[key] = sums[key] + value if key in sums else value
 
+    def mean(self, name: str | None = None) -> np.ndarray:
+        """Of a representation over rows, or of the reference, [*batch, d]."""
+        whole = self._folded()
+        return whole.origins[name or REFERENCE] + whole.sums[_own(name)]["x"] / self.n
+
+    def cross(self, name: str | None = None) -> np.ndarray:
+        """X'Y of the centred reference and the representation `name`, or X'X of the reference itself,
+        [*batch, d1, d2].
+        """
+        sums = self._folded().sums
+        return centred_cross(sums["reference" if name is None else f"cross {name}"], self.n)
+
+    def covariance(self, name: str | None = None) -> np.ndarray:
+        """Y'Y / n of a centred representation, or of the reference, [*batch, d, d]."""
+        return centred_cross(self._folded().sums[_own(name)], self.n) / self.n
+
     def results(self) -> dict[str, CKA]:
         """The CKA of each representation with the reference."""
-        results = {}
-        for name in self._names():
-            xx, yy, xy = (self.sums[key] for key in ("reference", f"other {name}", f"cross {name}"))
+        results, of = {}, self._folded().sums
+        for name in self.names:
+            xx, yy, xy = (of[key] for key in ("reference", f"other {name}", f"cross {name}"))
             biased_of, unbiased_of = (
                 [hsic(sums, self.n) for sums in (xy, xx, yy)] for hsic in (biased_hsic, unbiased_hsic)
             )
             traces = [total_variance(sums, self.n) for sums in (xx, yy)]
-            scale = np.sqrt(biased_of[1] * biased_of[2])
+            chance = traces[0] * traces[1] / max(self.n - 1, 1)
             results[name] = CKA(
                 n=self.n,
-                d1=xy["xy"].shape[0],
-                d2=xy["xy"].shape[1],
+                d1=xy["xy"].shape[-2],
+                d2=xy["xy"].shape[-1],
                 biased=_ratio(*biased_of),
-                unbiased=_ratio(*unbiased_of),
-                null=float(traces[0] * traces[1] / (self.n - 1) / scale) if self.n > 1 and scale > 0 else float("nan"),
+                unbiased=_ratio(
+                    unbiased_of[0],
+                    *(_above_rounding(u, b, self.n) for u, b in zip(unbiased_of[1:], biased_of[1:], strict=True)),
+                ),
+                null=_ratio(chance if self.n > 1 else np.nan * chance, *biased_of[1:]),
             )
         return results
 
+    def state(self) -> dict[str, np.ndarray]:
+        """All that was accumulated, as arrays by name, for `restore`."""
+        arrays = {f"sizes/{name}": np.asarray(size) for name, size in self.sizes.items()}
+        for i, batch in enumerate(self.waiting):
+            arrays |= {f"waiting {i}/{name}": rows for name, rows in batch.items()}
+        arrays |= {f"origins/{name}": value for name, value in self.origins.items()}
+        for name, sums in self.sums.items():
+            arrays |= {f"sums {key}/{name}": value for key, value in sums.items()}
+        return arrays | {"n": np.asarray(self.n)}
 
-def moments(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """The sums over rows from which both HSICs of X and Y follow; additive over batches."""
-    xx, yy = (x * x).sum(1), (y * y).sum(1)
+    @classmethod
+    def restore(cls, state: Mapping[str, np.ndarray]) -> StreamingCKA:
+        """One that goes on where `state` was taken, to the same bit."""
+        cka, waiting = cls(), {}
+        cka.n = int(state["n"])
+        for path, value in state.items():
+            kind, _, name = path.partition("/")
+            kind, _, part = kind.partition(" ")
+            if kind == "sizes":
+                cka.sizes[name] = tuple(np.asarray(value).tolist())
+            elif kind == "origins":
+                cka.origins[name] = value
+            elif kind == "waiting":
+                waiting.setdefault(int(part), {})[name] = value
+            elif kind == "sums":
+                cka.sums.setdefault(name, {})[part] = value
+        cka.waiting = [waiting[i] for i in sorted(waiting)]
+        return cka
+
+
+REFERENCE = ""
+"""Its name among the representations."""
+
+
+def _own(name: str | None) -> str:
+    """Where the moments of a representation with itself are, or those of the reference."""
+    return "reference" if name is None else f"other {name}"
+
+
+def len_of(rows: np.ndarray) -> int:
+    return np.shape(rows)[-2] if np.ndim(rows) > 1 else 0
+
+
+def moments(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    """The sums over rows, [*batch, rows, d], from which both HSICs of X and Y follow; additive over batches of rows."""
+    xx, yy = (x * x).sum(-1), (y * y).sum(-1)
+    xt = x.swapaxes(-1, -2)
     return {
-        "x": x.sum(0),
-        "y": y.sum(0),
-        "xy": x.T @ y,
-        "xx": xx.sum(),
-        "yy": yy.sum(),
-        "x_yy": x.T @ yy,
-        "xx_y": xx @ y,
-        "xx_yy": xx @ yy,
+        "x": x.sum(-2),
+        "y": y.sum(-2),
+        "xy": xt @ y,
+        "xx": xx.sum(-1),
+        "yy": yy.sum(-1),
+        "x_yy": (xt @ yy[..., None])[..., 0],
+        "xx_y": (xx[..., None, :] @ y)[..., 0, :],
+        "xx_yy": (xx * yy).sum(-1),
     }
 
 
-def total_variance(sums: dict[str, np.ndarray], n: int) -> float:
+def centred_cross(sums: dict[str, np.ndarray], n: int) -> np.ndarray:
+    """X'Y of the centred matrices."""
+    return sums["xy"] - sums["x"][..., :, None] * sums["y"][..., None, :] / n
+
+
+def total_variance(sums: dict[str, np.ndarray], n: int) -> Numbers:
     """tr(X'X) of the centred X, from the moments of X with itself."""
-    return float(sums["xx"] - sums["x"] @ sums["x"] / n)
+    return sums["xx"] - np.square(sums["x"]).sum(-1) / n
 
 
-def biased_hsic(sums: dict[str, np.ndarray], n: int) -> float:
+def biased_hsic(sums: dict[str, np.ndarray], n: int) -> Numbers:
     """||X'Y||^2 of the centred matrices."""
-    return float(np.square(sums["xy"] - np.outer(sums["x"], sums["y"]) / n).sum())
+    return np.square(centred_cross(sums, n)).sum((-1, -2))
 
 
-def unbiased_hsic(sums: dict[str, np.ndarray], n: int) -> float:
+def unbiased_hsic(sums: dict[str, np.ndarray], n: int) -> Numbers:
     """HSIC_1 of Song et al. 2012 (equation 5), for linear kernels, in feature space.
 
     With K = XX', L = YY', both with a zero diagonal:
     [ tr(KL) + 1'K1 1'L1 / ((n - 1)(n - 2)) - 2 1'KL1 / (n - 2) ] / (n (n - 3))
     """
-    if n < 4:
-        return float("nan")
     x, y, xy = sums["x"], sums["y"], sums["xy"]
-    trace = np.square(xy).sum() - sums["xx_yy"]
-    total_k, total_l = x @ x - sums["xx"], y @ y - sums["yy"]
-    cross = x @ xy @ y - x @ sums["x_yy"] - sums["xx_y"] @ y + sums["xx_yy"]
-    return float((trace + total_k * total_l / ((n - 1) * (n - 2)) - 2 * cross / (n - 2)) / (n * (n - 3)))
+    if n < 4:
+        return np.full(np.shape(sums["xx"]), np.nan)
+    trace = np.square(xy).sum((-1, -2)) - sums["xx_yy"]
+    total_k, total_l = np.square(x).sum(-1) - sums["xx"], np.square(y).sum(-1) - sums["yy"]
+    through = (x[..., None, :] @ xy @ y[..., None])[..., 0, 0]
+    cross = through - (x * sums["x_yy"]).sum(-1) - (sums["xx_y"] * y).sum(-1) + sums["xx_yy"]
+    return (trace + total_k * total_l / ((n - 1) * (n - 2)) - 2 * cross / (n - 2)) / (n * (n - 3))
 
 
-def _ratio(xy: float, xx: float, yy: float) -> float:
-    return xy / float(np.sqrt(xx * yy)) if xx > 0 and yy > 0 else float("nan")
+def _above_rounding(unbiased: Numbers, biased: Numbers, n: int) -> Numbers:
+    """An unbiased HSIC of rows with themselves, or 0 where it is but the rounding error of its sums: rows that are all
+    the same, or all but one.
+    """
+    return np.where((biased > 0) & (n * (n - 3) * np.abs(unbiased) > 1e-12 * np.abs(biased)), unbiased, 0)
+
+
+def _ratio(xy: Numbers, xx: Numbers, yy: Numbers) -> Any:
+    """A float, or an array with axes; NaN where a representation does not vary."""
+    fine = (xx > 0) & (yy > 0)
+    ratio = np.where(fine, xy / np.sqrt(np.where(fine, xx * yy, 1)), np.nan)
+    return ratio if ratio.ndim else float(ratio)

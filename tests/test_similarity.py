@@ -114,15 +114,37 @@ def test_unbiased_sees_through_what_inflates_biased():
 
 
 def test_memory_does_not_grow_with_the_rows():
-    def size(batches):
+    def size(batches, rows=50):
         cka = StreamingCKA()
         for seed in range(batches):
-            x, y = data(50, seed=seed)
+            x, y = data(rows, seed=seed)
             cka.update(x, {"a": y, "b": x})
-        arrays = [*cka.origins.values(), *(value for sums in cka.sums.values() for value in sums.values())]
-        return sum(np.asarray(array).nbytes for array in arrays)
+        return sum(np.asarray(array).nbytes for array in cka.state().values())
 
     assert size(1) == size(10) < 8 * 20 * (5 + 7 + 2) ** 2
+    assert size(1, rows=2) < size(3, rows=2) < size(1), "few rows take less than their moments"
+
+
+def test_means_are_those_of_all_rows():
+    x, y = data(20)
+    for count in (3, 20):  # as rows, and as sums
+        cka = StreamingCKA()
+        cka.update(x[:2], {"y": y[:2]})
+        cka.update(x[2:count], {"y": y[2:count]})
+        np.testing.assert_allclose(cka.mean(), x[:count].mean(0))
+        np.testing.assert_allclose(cka.mean("y"), y[:count].mean(0))
+
+
+@pytest.mark.parametrize("count", [4, 6, 9])
+def test_reading_results_early_changes_nothing(count):
+    x, y = data(12)
+    early, late = StreamingCKA(), StreamingCKA()
+    for at in range(0, 12, 2):
+        for cka in (early, late):
+            cka.update(x[at : at + 2], {"y": y[at : at + 2]})
+        if at < count:
+            early.results()
+    assert early.results() == late.results()
 
 
 def test_several_representations_are_compared_with_the_reference_each():
@@ -198,3 +220,47 @@ def test_a_refused_batch_leaves_no_trace():
     for cka in (clean, disturbed):
         cka.update(x[6:], {"y": y[6:]})
     assert clean.results() == disturbed.results()
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("different", [0, 1])
+def test_what_is_undefined_is_nan_and_not_what_rounding_leaves(seed, different):
+    """Rows that are all the same, or all but one, have an unbiased HSIC of exactly zero with themselves."""
+    rng = np.random.default_rng(seed)
+    x = np.tile(rng.normal(size=6) * 10, (17, 1))
+    x[:different] += rng.normal(size=6)
+    result = stream(x, rng.normal(size=(17, 4)), (5, 10, 15))
+    assert np.isnan(result.unbiased)
+    assert np.isnan(result.biased) == (different == 0)
+
+
+def test_axes_in_front_of_rows_are_cases_of_their_own():
+    pairs = [[data(30, seed=3 * i + j) for j in range(3)] for i in range(2)]
+    x, y = (np.asarray([[pair[k] for pair in row] for row in pairs]) for k in (0, 1))
+    cka = StreamingCKA()
+    for rows in (slice(0, 7), slice(7, 30)):
+        cka.update(x[..., rows, :], {"y": y[..., rows, :]})
+    whole = cka.results()["y"]
+    for i, j in np.ndindex(2, 3):
+        one = stream(x[i, j], y[i, j], (7,))
+        for kind in ("biased", "unbiased", "null"):
+            np.testing.assert_allclose(getattr(whole, kind)[i, j], getattr(one, kind), rtol=1e-12)
+        centred = [a - a.mean(0) for a in (x[i, j], y[i, j])]
+        np.testing.assert_allclose(cka.cross("y")[i, j], centred[0].T @ centred[1], atol=1e-9)
+        np.testing.assert_allclose(cka.cross()[i, j], centred[0].T @ centred[0], atol=1e-9)
+        np.testing.assert_allclose(cka.covariance("y")[i, j], np.cov(y[i, j].T, bias=True), atol=1e-10)
+        np.testing.assert_allclose(cka.covariance()[i, j], np.cov(x[i, j].T, bias=True), atol=1e-10)
+
+
+@pytest.mark.parametrize("at", [3, 9])
+def test_a_restored_state_goes_on_to_the_same_bits(at):
+    x, y = data(20)
+    whole, first = StreamingCKA(), StreamingCKA()
+    for cka in (whole, first):
+        for rows in (slice(0, 2), slice(2, at)):
+            cka.update(x[rows], {"y": y[rows], "/odd|name/": x[rows]})
+    again = StreamingCKA.restore(first.state())
+    for cka in (whole, again):
+        cka.update(x[at:], {"y": y[at:], "/odd|name/": x[at:]})
+    assert again.results() == whole.results()
+    assert {k: v.tobytes() for k, v in again.state().items()} == {k: v.tobytes() for k, v in whole.state().items()}
