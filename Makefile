@@ -1,4 +1,4 @@
-# make demo   the main job on real weights and photographs: report in out/last-layer
+# make demo   the main job on real weights and photographs: the experiments of the paper, report in out/embedded
 # make test   the whole test suite
 # Both set up everything they need in .venv, from pinned versions.
 
@@ -10,8 +10,8 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --cons
 
 # MODEL: a converted model, a checkpoint file or folder, or a hub id. IMAGES: a folder. OUT: where the report goes.
 demo: .venv/demo
-	.venv/bin/python -m experiments last-layer \
-		$(if $(MODEL),--model "$(MODEL)") $(if $(IMAGES),--images "$(IMAGES)") $(if $(OUT),--out "$(OUT)")
+	.venv/bin/python -m experiments run --overwrite --out "$(or $(OUT),out/embedded)" \
+		$(if $(MODEL),--models "$(MODEL)",--preset embedded) $(if $(IMAGES),--images "$(IMAGES)")
 
 # ARGS: more arguments of pytest, such as ARGS="-k positions".
 test: .venv/test

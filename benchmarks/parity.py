@@ -45,7 +45,7 @@ def rows() -> Iterator[str]:
                     comparison = compare(model, original, random_images(model, pixels), defaults=False)
                     yield row(name, original.name, pixels, comparison)
     model, original = convert.load(embedded.model_file()), original_of(embedded.model_file())
-    photographs = [path for path in jaxvit.find_images(embedded.photographs()) if path.stem.endswith("-0")][:4]
+    photographs = [path for path in jaxvit.find_images(embedded.photographs()) if path.stem == "0"][:4]
     images = np.asarray(jaxvit.prepare(photographs, model.config))
     comparison = compare(model, original, images, defaults=False)
     yield row("DINOv2-small, 12 blocks, **real**, 4 photographs", original.name, Size(*images.shape[1:3]), comparison)

