@@ -220,6 +220,8 @@ def warnings(results: Mapping[str, Any], models: Mapping[str, About]) -> str:
         )
     if any(pixels["skipped"] for _, _, pixels in all_images(results)):
         found.append('<b>Some images could not be used</b>: <a href="#skipped">which, and why</a>.')
+    for failed in results.get("failed", {}).values():
+        found.append(f"<b>{escape(failed['name'])} could not be run:</b> {escape(failed['reason'])}.")
     return "".join(f'<p class="warning" role="note">{text}</p>' for text in found)
 
 

@@ -405,6 +405,9 @@ def test_warnings_about_images(results, tmp_path):
     html, read = page(tmp_path, changed, results[1])
     assert "8 of each of 17 photographs" in read.text and "Fewer images" not in read.text
     assert "Some images" not in read.text and 'id="skipped"' not in html
+    assert "could not be run" not in read.text
+    changed["failed"] = {"gone": {"name": "gone <x>", "reason": "no such place"}}
+    assert "gone <x> could not be run: no such place" in page(tmp_path, changed, results[1])[1].text
 
 
 def test_minus_signs_before_numbers_alone():
