@@ -41,7 +41,7 @@ OWN = ("results.json", "report.html", "explorer.html", "timings.json", "explorer
 LOCK = ".lock"
 OWN = (*OWN, "progress")
 ROWS = 12
-"""Of a table that are printed."""
+"""Of a table that are printed where there are several tables."""
 EXPECTED = (convert.ConversionError, jaxvit.CheckpointError, jaxvit.ImageError, embedded.DataError, ValueError)
 
 
@@ -329,7 +329,7 @@ def tell(results: dict[str, Any], session: Session, experiments: Sequence[Experi
         table = e.table(numbers, models) if numbers else None
         print(f"\n{e.id}  {e.title}{f' ({e.figure})' if e.figure else ''}")
         if table is not None:
-            print_table(table)
+            print_table(table, ROWS if len(experiments) > 1 else len(table.rows))
         reasons: dict[str, list[str]] = {}
         for key, about in models.items():
             if reason := results["models"][key]["not run"].get(e.id):
@@ -357,18 +357,18 @@ def tell(results: dict[str, Any], session: Session, experiments: Sequence[Experi
     print(f"\nwrote {session.out}: report.html, explorer.html, results.json, figures, per_image")
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table, most: int) -> None:
     rows = [list(map(str, row)) for row in (table.head, *table.rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(table.head))]
-    for row in rows[: 1 + ROWS]:
+    for row in rows[: 1 + most]:
         first, *rest = row
         print(
             "    "
             + first.ljust(widths[0])
             + "".join(f"  {cell.rjust(w)}" for cell, w in zip(rest, widths[1:], strict=True))
         )
-    if len(table.rows) > ROWS:
-        print(f"    and {len(table.rows) - ROWS} more, in report.html")
+    if len(table.rows) > most:
+        print(f"    and {len(table.rows) - most} more, in report.html")
     if table.note:
         print(f"    {table.note}")
 
