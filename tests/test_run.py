@@ -104,16 +104,18 @@ def few(tmp_path_factory, arguments, environment) -> Path:
 # --- everything
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, toys, arguments, environment) -> tuple[Path, str]:
-    """All experiments, with a test-time register appended to the plain model."""
-    out = tmp_path_factory.mktemp("whole") / "out"
+def test_a_run_of_everything(tmp_path, toys, arguments, environment):
+    """With a test-time register appended to the plain model. One test, as the run takes a minute."""
+    out = tmp_path / "out"
     more = ("--labelled", toys / "images", "--test-time-registers", "1", "--examples", "2", "--control-images", "6")
-    return out, succeeds(environment, "run", *arguments, *more, "--out", out)
+    told = succeeds(environment, "run", *arguments, *more, "--out", out)
+    check_results(out, told)
+    check_skipped(out, told)
+    check_per_image(out, toys)
+    check_controls(out)
 
 
-def test_a_run_of_everything(whole):
-    out, told = whole
+def check_results(out, told):
     results = numbers(out)
     assert results["schema"] == 1
     assert list(results["experiments"]) == list(EXPERIMENTS)
@@ -134,8 +136,8 @@ def test_a_run_of_everything(whole):
     assert (out / "explorer.html").is_file() and len(list((out / "explorer").iterdir())) == 6
 
 
-def test_a_damaged_image_is_named_left_out_and_counted(whole):
-    out, told = whole
+def check_skipped(out, told):
+    """A damaged image is named, left out and counted."""
     results = numbers(out)
     assert results["images"]["n"] == CLASSES * EACH + 1
     for model in results["models"].values():
@@ -145,9 +147,8 @@ def test_a_damaged_image_is_named_left_out_and_counted(whole):
     assert "class 0/broken.png" in (out / "report.html").read_text()
 
 
-def test_numbers_of_single_images_are_written_with_their_names(whole, toys):
-    """And are those of the model, run by hand."""
-    out, _ = whole
+def check_per_image(out, toys):
+    """Numbers of single images are written with their names, and are those of the model, run by hand."""
     model = jaxvit.load(toys / "registers")
     with np.load(out / "per_image" / "registers.npz") as arrays:
         names, mass = arrays["clean/image"], arrays["clean/A1/mass registers"]
@@ -160,8 +161,9 @@ def test_numbers_of_single_images_are_written_with_their_names(whole, toys):
         assert found == pytest.approx(float(row[1:3].sum()), abs=1e-6)
 
 
-def test_controls_are_beside_what_they_control(whole):
-    results = numbers(whole[0])["experiments"]
+def check_controls(out):
+    """They are beside what they control, on as many images as were asked for."""
+    results = numbers(out)["experiments"]
     for id in ("A1", "A3", "A7", "A9"):
         controls = results[id]["results"]["registers"]["controls"]
         assert "registers mean every" in controls and "cls shuffle last" in controls
