@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
 from tqdm import tqdm
 
 from experiments.experiment import Found, Measured
+from experiments.trace import widened
 from jaxvit import ImageError, ViTConfig, stream
 from jaxvit.checkpoint import replacing_file
 from jaxvit.images import Source
@@ -105,12 +104,8 @@ class Store:
     def rows(self) -> Path:
         return self.folder / "rows.bin"
 
-    def add(self, m: Measured, names: Sequence[str], indices: np.ndarray) -> None:
-        """Adds one batch, all of whose images count.
-
-        Args:
-          names, indices: of the images, among the sources.
-        """
+    def add(self, m: Measured, indices: np.ndarray) -> None:
+        """Adds one batch, all of whose images count; `indices` are theirs among the sources."""
         rows = {"image": np.asarray(indices), **m.per_image}
         dtype = np.dtype([(name, a.dtype, a.shape[1:]) for name, a in rows.items()])
         if self.dtype is None:
@@ -177,11 +172,6 @@ class Store:
         return Found(self.n, Columns(self), self.cka, self.sums, self.keep)
 
 
-def _wide(a: Array) -> Array:
-    """Half precision, in which files and sums would be of another kind or lose their digits, as float32."""
-    return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize < 4 else a
-
-
 class Columns(Mapping[str, np.ndarray]):
     """The rows of a store by name, [n, ..], read from disk when they are asked for."""
 
@@ -236,7 +226,7 @@ def run_pass(
     spread, copied = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("images",), ()))
     arguments = jax.device_put(arguments, copied if len(devices) > 1 else devices[0])
     batch_size = -(-batch_size // len(devices)) * len(devices)
-    run = jax.jit(lambda *given: jax.tree.map(_wide, measure(*given)))
+    run = jax.jit(lambda *given: widened(measure(*given)))  # files know no bfloat16
     offset = store.next
     position, waiting = store.n, None
 
@@ -247,9 +237,8 @@ def run_pass(
         per_image, sums, keep = jax.tree.map(lambda a: a[valid], (m.per_image, m.sums, m.keep))
         indices = batch.indices[valid] + offset
         per_image = per_image | {name: values[indices] for name, values in (known or {}).items()}
-        names = [name for name, one in zip(batch.names, valid, strict=True) if one]
         store.digest = digest
-        store.add(Measured(per_image, pairs, sums, keep), names, indices)
+        store.add(Measured(per_image, pairs, sums, keep), indices)
         store.skipped = [entry for entry in skipped if entry["position"] < store.next]
         store.save(every=save_every)
         bar.update(int(valid.sum()))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from experiments.experiment import About, Experiment, Found, Measured, Option, Subject
@@ -125,10 +125,7 @@ class Clean(Pass):
         def measure(model: ViT, edits: Edits | None, extra: Any, images: Array, position: Array) -> Measured:
             trace = observe(model, images, edits, wants)
             m = measure_all(experiments, trace, model, request.options)
-            # What the controls put in place of tokens, [B, L, P, D]. Squares of half precision would have no variance
-            # left.
-            wide = jax.numpy.float64 if trace.prefix.dtype == jax.numpy.float64 else jax.numpy.float32
-            prefix = jax.numpy.moveaxis(trace.prefix, 0, 1).astype(wide)
+            prefix = jnp.moveaxis(trace.prefix, 0, 1)  # B L P D: what the controls put in place of tokens
             m.keep["prefix"] = prefix
             m.sums["prefix"], m.sums["prefix squared"] = prefix, prefix**2
             return m

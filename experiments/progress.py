@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -289,10 +290,15 @@ def hashed(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def plain(value: Any) -> Any:
-    """Python's own numbers, lists and dicts."""
+def plain(value: Any, *, finite: bool = False) -> Any:
+    """Python's own numbers, lists and dicts.
+
+    Args:
+      finite: None for numbers that are not: JSON has no NaN.
+    """
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, finite=finite) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value.item() if hasattr(value, "item") else value
+        return [plain(item, finite=finite) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    return None if finite and isinstance(value, float) and not math.isfinite(value) else value

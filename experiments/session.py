@@ -14,7 +14,6 @@ A folder of results holds
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 import zipfile
@@ -33,7 +32,7 @@ from experiments.examples import Example
 from experiments.experiment import About, Found, View
 from experiments.explorer import write_explorer
 from experiments.passes import Request
-from experiments.progress import Model, Place, narrowed
+from experiments.progress import Model, Place, narrowed, plain
 from experiments.registry import PASSES
 from experiments.report import write_report
 from experiments.subjects import Spec, keys
@@ -98,8 +97,8 @@ class Session:
 
     def has_registers(self, spec: Spec) -> bool:
         """Whether the model, as it was run before, was trained with registers and needs none."""
-        plain = replace(spec, test_time_registers=0)
-        names = [key for key, other in zip(keys(self.specs), self.specs, strict=True) if other == plain]
+        without = replace(spec, test_time_registers=0)
+        names = [key for key, other in zip(keys(self.specs), self.specs, strict=True) if other == without]
         return any(name in self.models and self.models[name].about.registers > 0 for name in names)
 
     def time(self, key: str, seconds: Mapping[str, float]) -> None:
@@ -190,7 +189,7 @@ class Session:
 
     def write(self, results: dict[str, Any]) -> None:
         with replacing_file(self.out / "results.json") as temporary:
-            temporary.write_text(json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
+            temporary.write_text(json.dumps(plain(results, finite=True), indent=1, allow_nan=False) + "\n")
         models = {key: each.about for key, each in self.models.items()}
         shown = {key: each.shown for key, each in self.models.items()}
         figures: dict[str, dict[str, Any]] = {}
@@ -230,14 +229,3 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return "out of memory: take a smaller --batch-size or --size"
     return " ".join(str(error).split())
-
-
-def finite(value: Any) -> Any:
-    """Plain values for JSON, which has no NaN: numbers that are not defined become None."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

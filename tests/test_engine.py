@@ -127,8 +127,8 @@ def test_a_stopped_pass_goes_on_to_the_same_bits(tmp_path, sources, monkeypatch,
     store, calls = Store(tmp_path / "parts", {"a": 1}), []
     add, save = store.add, store.save
 
-    def stopped_add(m, names, indices):
-        add(m, names, indices)
+    def stopped_add(m, indices):
+        add(m, indices)
         if place == "rows" and len(calls) == at:
             with open(store.rows, "ab") as file:
                 file.write(b"half a row")

@@ -23,11 +23,11 @@ from experiments import (
     b3_layers_heads,
     b7_open_questions,
     draw,
+    progress,
     sensitivity,
 )
 from experiments.claims import FEWEST
 from experiments.experiment import View
-from experiments.session import finite
 from experiments.trace import READINGS
 from jaxvit import Take, knockout, patch, zero_attention
 
@@ -732,7 +732,7 @@ def test_tables_and_figures_of_any_set_of_models(images, experiment):
                 results[key] |= {
                     "controls": {"cls zero last": dict(results[key]), "cls mean every": dict(results[key])}
                 }
-    plain = json.loads(json.dumps(finite(results), allow_nan=False))
+    plain = json.loads(json.dumps(progress.plain(results, finite=True), allow_nan=False))
     for keys in (list(models), ["plain"], ["small"], []):
         some = {key: plain[key] for key in keys}
         table = experiment.table(some, models)

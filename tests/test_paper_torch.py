@@ -18,16 +18,7 @@ from paper import about_of, defaults
 from paper_torch import Paper, random_timm
 
 import convert
-from experiments import (
-    a1_attention_mass,
-    a2_top_register,
-    a3_update_cka,
-    a5_patch_cosine,
-    a6_gram_split,
-    a7_norms,
-    a8_depth_cosine,
-    a9_skip_cka,
-)
+from experiments import registry
 from experiments.controls import Controls, controls_of
 from experiments.engine import Store, run_pass
 from experiments.experiment import Subject
@@ -40,17 +31,7 @@ SIDE = 56  # 4 x 4 patches; positions are of 3 x 3
 IMAGES, BATCH = 17, 5
 CLOSE = 1e-9
 
-MODULES = (
-    a1_attention_mass,
-    a2_top_register,
-    a3_update_cka,
-    a5_patch_cosine,
-    a6_gram_split,
-    a7_norms,
-    a8_depth_cosine,
-    a9_skip_cka,
-)
-EXPERIMENTS = {module.EXPERIMENT.id: module.EXPERIMENT for module in MODULES}
+EXPERIMENTS = {id: registry.EXPERIMENTS[id] for id in ("A1", "A2", "A3", "A5", "A6", "A7", "A8", "A9")}
 
 
 @pytest.fixture(scope="module", autouse=True)
