@@ -35,7 +35,7 @@ import numpy as np
 import convert
 from convert.sources import Source
 from jaxvit import ViTConfig
-from jaxvit.checkpoint import SafetensorsFile, writing
+from jaxvit.io.checkpoint import SafetensorsFile, writing
 
 MARK = "<!-- conversion -->"
 HEAD = """\

@@ -66,7 +66,7 @@ def official(module: Any, config: ViTConfig) -> dict[str, Any]:
     changed = replace(model.config, rope=config.rope, pool="cls", resampling=own or "bicubic_offset")
     if config.pre_norm:
         changed = replace(changed, head_bias=False)
-    from jaxvit.params import from_params, to_params
+    from jaxvit.model.params import from_params, to_params
 
     params = {name: a for name, a in to_params(model).items() if changed.head_bias or name != "head.linear.bias"}
     return state_dict(from_params(changed, params), "hub")

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxvit import Take, ViT
-from jaxvit.decompose import attention_mass, attention_parts, patch_maps, projection_shares
-from jaxvit.similarity import cosine
+from jaxvit.analysis.decompose import attention_mass, attention_parts, patch_maps, projection_shares
+from jaxvit.analysis.similarity import cosine
 
 
 def analyse(model: ViT, images: Float[Array, "B H W 3"]) -> dict[str, Array]:

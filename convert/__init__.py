@@ -18,9 +18,9 @@ import jaxvit
 from convert import clip, deit, dino, dinov2, dinov3, timm
 from convert.engine import ConversionError, Layout, Tensors, convert_tensors, locate, stream_tensors
 from convert.sources import Branch, Source, open_source, sha256
-from jaxvit.checkpoint import WEIGHTS, check_place, saving, writing
-from jaxvit.config import Resampling
-from jaxvit.params import abstract, from_params, to_params
+from jaxvit.io.checkpoint import WEIGHTS, check_place, saving, writing
+from jaxvit.model.config import Resampling
+from jaxvit.model.params import abstract, from_params, to_params
 
 __all__ = ["ConversionError", "Options", "Reading", "convert", "convert_to_folder", "load", "load_described"]
 

@@ -12,8 +12,8 @@ from typing import Any, get_args
 import convert
 import jaxvit
 from convert.sources import Branch
-from jaxvit.config import Resampling
-from jaxvit.description import in_words
+from jaxvit.io.description import in_words
+from jaxvit.model.config import Resampling
 
 DESCRIPTION = """Converts a PyTorch checkpoint of a Vision Transformer to a jaxvit model.
 

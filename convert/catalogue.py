@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxvit import ViTConfig
-from jaxvit.params import abstract, to_params
+from jaxvit.model.params import abstract, to_params
 
 
 @dataclass(frozen=True)

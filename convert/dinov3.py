@@ -28,7 +28,7 @@ from convert.meta import (
     token_rules,
 )
 from jaxvit import ViTConfig
-from jaxvit.positions import rope_periods
+from jaxvit.model.positions import rope_periods
 
 FAMILY: dict[str, Any] = dict(
     eps=1e-5, grid=(14, 14), rope_base=100.0, final_norm="tokens", resampling="bicubic_antialias"

@@ -20,9 +20,9 @@ from jax.typing import DTypeLike
 
 from convert.neighbours import betrayed, looks_like
 from jaxvit import ViTConfig
-from jaxvit.checkpoint import Put, empty
-from jaxvit.params import Params, abstract, to_params
-from jaxvit.progress import track
+from jaxvit.io.checkpoint import Put, empty
+from jaxvit.io.progress import track
+from jaxvit.model.params import Params, abstract, to_params
 
 Tensors = Mapping[str, np.ndarray]
 Transform = Callable[..., Sequence[np.ndarray]]

@@ -26,9 +26,9 @@ from convert import clip, deit, dino, dinov2, dinov3, timm
 from convert.engine import ConversionError, Layout, convert_tensors, locate
 from convert.meta import BLOCK, MEASURED
 from jaxvit import CheckpointError, ViT, ViTConfig
-from jaxvit.checkpoint import replacing_file
-from jaxvit.params import Params, abstract, to_params
-from jaxvit.positions import rope_periods
+from jaxvit.io.checkpoint import replacing_file
+from jaxvit.model.params import Params, abstract, to_params
+from jaxvit.model.positions import rope_periods
 
 LAYOUTS = ("timm", "transformers", "hub")
 

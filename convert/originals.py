@@ -35,7 +35,7 @@ from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3_vit
 from convert import Reading, is_jaxvit_folder, read, recognise, versions
 from convert.engine import ConversionError, Layout, Tensors
 from jaxvit import ViTConfig
-from jaxvit.config import Resampling
+from jaxvit.model.config import Resampling
 
 READ = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out") + (
     "resid_post",

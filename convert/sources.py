@@ -24,7 +24,7 @@ from convert.neighbours import looks_like
 from convert.onnx_graph import read_onnx
 from convert.timm import POOLS, architecture_hints, folder_hints, module_hints
 from jaxvit import CheckpointError, Preprocess
-from jaxvit.checkpoint import SafetensorsFile
+from jaxvit.io.checkpoint import SafetensorsFile
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OPEN_CLIP, OPEN_CLIP_CONFIG = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"), "open_clip_config.json"

@@ -38,8 +38,8 @@ from convert.engine import ConversionError
 from convert.originals import READ, Original, Values, original_of
 from convert.sources import sha256
 from jaxvit import SITES, Output, Take, ViT, ViTConfig
-from jaxvit.checkpoint import PARITY, WEIGHTS, replacing_file
-from jaxvit.params import from_params, to_params
+from jaxvit.io.checkpoint import PARITY, WEIGHTS, replacing_file
+from jaxvit.model.params import from_params, to_params
 
 FLOAT64_LIMIT = 1e-10
 FLOAT32_LIMIT = 2.0

@@ -61,8 +61,8 @@ from experiments.claims import (
 from experiments.experiment import About, Claim, Experiment, Found, Measured, Option, Pairs, Results, Table, View
 from experiments.trace import READINGS, Trace, by_source, cls_reading
 from jaxvit import ViT
-from jaxvit.decompose import einsum, readout
-from jaxvit.similarity import CKA
+from jaxvit.analysis.decompose import einsum, readout
+from jaxvit.analysis.similarity import CKA
 
 ALMOST_ALL = 0.9
 """What counts as a CKA of about 1."""

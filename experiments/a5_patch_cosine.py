@@ -34,7 +34,7 @@ from experiments.examples import Example
 from experiments.experiment import SOURCES, About, Experiment, Found, Measured, Option, Results, Table, View, summary
 from experiments.trace import Trace, parts
 from jaxvit import ViT
-from jaxvit.similarity import cosine
+from jaxvit.analysis.similarity import cosine
 
 WITHOUT = " without bias"
 SHOWN = 3

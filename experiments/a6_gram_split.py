@@ -33,7 +33,7 @@ from experiments import draw
 from experiments.experiment import About, Experiment, Found, Measured, Option, Pairs, Results, Table, View
 from experiments.trace import Trace, parts
 from jaxvit import ViT
-from jaxvit.similarity import StreamingCKA
+from jaxvit.analysis.similarity import StreamingCKA
 
 SOURCES = ("patches", "registers", "cls", "bias")
 TERMS = (*SOURCES, *(f"{a} x {b}" for a, b in combinations(SOURCES, 2)))

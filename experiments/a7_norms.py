@@ -30,7 +30,7 @@ from experiments.examples import SUMMANDS
 from experiments.experiment import About, Claim, Experiment, Found, Measured, Results, Table, View, summary
 from experiments.trace import Trace, parts
 from jaxvit import ViT
-from jaxvit.decompose import projection_shares
+from jaxvit.analysis.decompose import projection_shares
 
 RATIO = "skip over patches"
 

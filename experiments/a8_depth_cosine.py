@@ -39,7 +39,7 @@ from experiments.draw import canvas, caption, number, ordered, shades
 from experiments.experiment import About, Claim, Experiment, Found, Measured, Option, Results, Table, View, summary
 from experiments.trace import Trace
 from jaxvit import ViT
-from jaxvit.similarity import cosine
+from jaxvit.analysis.similarity import cosine
 
 READINGS = {"raw": "raw", "norm": "after the final norm", "centred": "centred"}
 POOLED = "centred, pooled"

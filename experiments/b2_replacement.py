@@ -36,7 +36,7 @@ from experiments.draw import SIZES, canvas, number, ordered, short
 from experiments.experiment import About, Claim, Experiment, Found, Measured, Pairs, Results, Table, View, summary
 from experiments.trace import Trace
 from jaxvit import ViT
-from jaxvit.similarity import cosine
+from jaxvit.analysis.similarity import cosine
 
 COLOURS = dict(zip(KINDS, ("#50555c", SIZES[1], SIZES[2], "#e0a100", "#d55e00"), strict=True))
 WHERE = {"every": "every block but the first", "last": "the last block alone"}

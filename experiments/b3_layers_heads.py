@@ -44,7 +44,7 @@ from experiments.a3_update_cka import plain
 from experiments.experiment import About, Experiment, Found, Measured, Option, Pairs, Results, Table, View
 from experiments.trace import Trace, by_source
 from jaxvit import ViT
-from jaxvit.decompose import einsum, projection_shares, readout
+from jaxvit.analysis.decompose import einsum, projection_shares, readout
 
 PARTS = ("patches", "registers", "cls")
 

@@ -48,9 +48,9 @@ from experiments.experiment import summary as summary_of
 from experiments.passes import Pass, Request
 from experiments.trace import Trace, observe, widened
 from jaxvit import Batch, Neurons, Relocate, Take, ViT, add_registers, find_register_neurons, over_images
-from jaxvit.edits import Edits
-from jaxvit.interventions import select
-from jaxvit.similarity import cosine
+from jaxvit.analysis.similarity import cosine
+from jaxvit.interventions.constructors import select
+from jaxvit.model.edits import Edits
 
 RUNS = ("plain", "empty", "random neurons", "register neurons")
 COLOURS = dict(zip(RUNS, ("#50555c", SIZES[1], "#e0a100", "#d55e00"), strict=True))

@@ -42,7 +42,7 @@ from experiments.examples import Example
 from experiments.experiment import About, Experiment, Found, Measured, Option, Results, Table, View, summary
 from experiments.trace import Trace
 from jaxvit import ViT
-from jaxvit.decompose import rollout
+from jaxvit.analysis.decompose import rollout
 
 MAPS = ("attention", "rollout", "contribution")
 PAIRS = tuple(f"{a} and {b}" for a, b in combinations(MAPS, 2))

@@ -40,7 +40,7 @@ from experiments.a3_update_cka import plain
 from experiments.experiment import About, Experiment, Found, Measured, Pairs, Results, Table, View, summary
 from experiments.trace import Trace, by_source, parts
 from jaxvit import ViT
-from jaxvit.decompose import projection_shares
+from jaxvit.analysis.decompose import projection_shares
 
 TOLD, NAMED = 10, 2
 """How many images of each end of a ranking are told, and how many below the figure."""

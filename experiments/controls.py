@@ -34,7 +34,7 @@ from experiments.experiment import About, Found, Measured, Option, Subject
 from experiments.passes import Pass, Request, measure_all
 from experiments.trace import observe, widened
 from jaxvit import Edit, Take, ViT, merge
-from jaxvit.edits import Edits
+from jaxvit.model.edits import Edits
 
 KINDS = ("zero", "mean", "noise", "shuffle", "donor")
 NONE = "none"

@@ -17,7 +17,7 @@ from experiments.passes import Request
 from experiments.subjects import Spec, random_weights
 from experiments.trace import observe
 from jaxvit import CheckpointError, ViTConfig, read_config
-from jaxvit.params import abstract, to_params
+from jaxvit.model.params import abstract, to_params
 
 WIDTHS = (384, 1024)
 """Of the models this machine is timed with."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 
 from jaxvit import ViTConfig
-from jaxvit.checkpoint import replacing, replacing_file
+from jaxvit.io.checkpoint import replacing, replacing_file
 
 DATA = Path(".data")
 

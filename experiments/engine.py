@@ -31,9 +31,9 @@ from tqdm import tqdm
 from experiments.experiment import Found, Measured
 from experiments.trace import widened
 from jaxvit import ImageError, ViTConfig, stream
-from jaxvit.checkpoint import replacing_file
-from jaxvit.images import Source
-from jaxvit.similarity import StreamingCKA
+from jaxvit.analysis.similarity import StreamingCKA
+from jaxvit.io.checkpoint import replacing_file
+from jaxvit.io.images import Source
 
 KEPT = 64
 """Of how many images `Measured.keep` is kept."""

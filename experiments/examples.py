@@ -16,8 +16,7 @@ import numpy as np
 from experiments.experiment import Subject
 from experiments.trace import by_source, widened
 from jaxvit import Take, stream
-from jaxvit.checkpoint import replacing_file
-from jaxvit.decompose import (
+from jaxvit.analysis.decompose import (
     attention_mass,
     attention_parts,
     contributions,
@@ -25,6 +24,7 @@ from jaxvit.decompose import (
     projection_shares,
     rollout,
 )
+from jaxvit.io.checkpoint import replacing_file
 
 SUMMANDS = ("skip", "cls", "registers", "patches", "bias", "mlp")
 """What a prefix token is made of after a block; `registers` only where there are any."""

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
 from jaxvit import ViT
-from jaxvit.edits import Edits
-from jaxvit.similarity import StreamingCKA
+from jaxvit.analysis.similarity import StreamingCKA
+from jaxvit.model.edits import Edits
 
 if TYPE_CHECKING:
     from experiments.examples import Example

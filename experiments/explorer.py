@@ -24,7 +24,7 @@ from PIL import Image
 from experiments.draw import COLOURS, LABELS, SIGNED, ordered, short
 from experiments.examples import SUMMANDS, Example
 from experiments.experiment import About
-from jaxvit.checkpoint import replacing_file
+from jaxvit.io.checkpoint import replacing_file
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 FOLDER = "explorer"

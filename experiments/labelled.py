@@ -24,7 +24,7 @@ from experiments.experiment import About, Measured
 from experiments.passes import Labelled, Pass, Request, measure_all
 from experiments.trace import observe
 from jaxvit import ImageError, ViT, find_images
-from jaxvit.edits import Edits
+from jaxvit.model.edits import Edits
 
 PREFIX = "datasets:"
 SPLITS = ("validation", "val", "valid", "train", "test")

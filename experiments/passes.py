@@ -13,7 +13,7 @@ from jaxtyping import Array
 from experiments.experiment import About, Experiment, Found, Measured, Option, Subject
 from experiments.trace import Trace, observe, widened
 from jaxvit import ViT
-from jaxvit.edits import Edits
+from jaxvit.model.edits import Edits
 
 Options = Mapping[str, Mapping[str, Any]]
 """Id of an experiment, or of a pass, -> name of an option -> value."""

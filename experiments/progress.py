@@ -31,7 +31,7 @@ from experiments.passes import Pass, Request
 from experiments.registry import PASSES
 from experiments.subjects import Spec, load
 from jaxvit import ImageError, ViTConfig
-from jaxvit.checkpoint import replacing_file
+from jaxvit.io.checkpoint import replacing_file
 
 VERSION = 3
 """Of what is kept of a pass."""

@@ -18,7 +18,7 @@ from experiments import embedded
 from experiments.controls import NONE, in_order
 from experiments.draw import COLOURS, inline_svg, listed, ordered, styled
 from experiments.experiment import About, Experiment, Option, Table
-from jaxvit.checkpoint import replacing_file
+from jaxvit.io.checkpoint import replacing_file
 
 TEMPLATE = Path(__file__).with_name("report.html")
 REGISTERS = {"none": "none", "trained": "trained with it", "test-time": "test-time, appended", "random": "random"}

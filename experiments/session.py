@@ -37,7 +37,7 @@ from experiments.registry import PASSES
 from experiments.report import write_report
 from experiments.subjects import Spec, keys
 from jaxvit import CheckpointError, ImageError, ViTConfig
-from jaxvit.checkpoint import replacing_file
+from jaxvit.io.checkpoint import replacing_file
 
 SCHEMA = 1
 TIMING = "timings.json"

@@ -16,7 +16,7 @@ import convert
 from convert import catalogue
 from experiments.experiment import About, Subject
 from jaxvit import ViT, ViTConfig
-from jaxvit.params import abstract, from_params, to_params
+from jaxvit.model.params import abstract, from_params, to_params
 
 LETTERS = {192: "Ti", 384: "S", 512: "M", 768: "B", 1024: "L", 1280: "H", 1536: "g", 4096: "7B"}
 """What models of a width are called."""

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxvit import Take, ViT
-from jaxvit.decompose import Stage, attention_flow, attention_mass, einsum, layer_by_layer, readout
-from jaxvit.edits import Edits
-from jaxvit.tap import Tap
-from jaxvit.vit import Block
+from jaxvit.analysis.decompose import Stage, attention_flow, attention_mass, einsum, layer_by_layer, readout
+from jaxvit.model.edits import Edits
+from jaxvit.model.tap import Tap
+from jaxvit.model.vit import Block
 
 Reading = Stage | Literal["block", "final"]
 """Where a part is read: as `jaxvit.decompose.Stage`; or [CLS] after a block to which attention added only that part,

@@ -5,14 +5,11 @@ out = model(jaxvit.prepare("photo.jpg", model.config), record=("pattern",))
 out.cls, out.registers, out.patches, out.trace["pattern"]
 """
 
-from jaxvit import decompose, grids, similarity
-from jaxvit.checkpoint import CheckpointError, describe, load, read_config, save
-from jaxvit.config import Preprocess, ViTConfig
-from jaxvit.decompose import each_layer, over_images
-from jaxvit.edits import Edit, Relocate, Shuffle, merge, one_of
-from jaxvit.grids import Grid
-from jaxvit.images import Batch, ImageError, decode, find_images, prepare, resize, stream
-from jaxvit.interventions import (
+from jaxvit.analysis import decompose, similarity
+from jaxvit.analysis.decompose import each_layer, over_images
+from jaxvit.analysis.named import NamedArray
+from jaxvit.interventions import grids
+from jaxvit.interventions.constructors import (
     Positions,
     ablate,
     amplify,
@@ -27,14 +24,18 @@ from jaxvit.interventions import (
     steer,
     zero_attention,
 )
-from jaxvit.named import NamedArray
-from jaxvit.params import cast, functional
-from jaxvit.registers import Neurons, add_registers, find_register_neurons, test_time_registers
-from jaxvit.sites import SITES, Take
-from jaxvit.statistics import ActivationStats
-from jaxvit.sweeps import attribute, cls_cosine, sweep
-from jaxvit.tokens import TokenLayout
-from jaxvit.vit import Output, ViT
+from jaxvit.interventions.grids import Grid
+from jaxvit.interventions.registers import Neurons, add_registers, find_register_neurons, test_time_registers
+from jaxvit.interventions.statistics import ActivationStats
+from jaxvit.interventions.sweeps import attribute, cls_cosine, sweep
+from jaxvit.io.checkpoint import CheckpointError, describe, load, read_config, save
+from jaxvit.io.images import Batch, ImageError, decode, find_images, prepare, resize, stream
+from jaxvit.model.config import Preprocess, ViTConfig
+from jaxvit.model.edits import Edit, Relocate, Shuffle, merge, one_of
+from jaxvit.model.params import cast, functional
+from jaxvit.model.sites import SITES, Take
+from jaxvit.model.tokens import TokenLayout
+from jaxvit.model.vit import Output, ViT
 
 __all__ = [
     "SITES",

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jaxvit import ViT, ViTConfig
-from jaxvit.params import abstract, from_params, to_params
+from jaxvit.model.params import abstract, from_params, to_params
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -13,8 +13,8 @@ import numpy as np
 from experiments.experiment import About, Experiment, Found, Measured
 from experiments.trace import observe
 from jaxvit import Take, ViT
-from jaxvit.edits import Edits
-from jaxvit.similarity import StreamingCKA
+from jaxvit.analysis.similarity import StreamingCKA
+from jaxvit.model.edits import Edits
 
 
 def about_of(model: ViT, key: str = "model", **changes: Any) -> About:

@@ -10,9 +10,9 @@ import numpy as np
 from scipy.special import erf
 
 from jaxvit import SITES, Edit, Relocate, Shuffle, Take
-from jaxvit.edits import check_edits, listed
-from jaxvit.params import to_params
-from jaxvit.sites import ATTENTION_SITES
+from jaxvit.model.edits import check_edits, listed
+from jaxvit.model.params import to_params
+from jaxvit.model.sites import ATTENTION_SITES
 
 HEIGHT, WIDTH, BATCH = 24, 16, 2  # 6 x 4 patches: another grid than the positions', and not square
 

@@ -13,8 +13,9 @@ from conftest import FAMILIES, random_model
 from safetensors.numpy import load_file, save_file
 
 import jaxvit
-from jaxvit import CheckpointError, checkpoint
-from jaxvit.params import to_params
+from jaxvit import CheckpointError
+from jaxvit.io import checkpoint
+from jaxvit.model.params import to_params
 
 CONFIG = FAMILIES["dinov2 with registers"]
 
@@ -77,7 +78,7 @@ def test_every_bit_of_float64_comes_back(tmp_path):
 
 def test_unusual_values_come_back(tmp_path, other):
     cls = other.cls[...].at[:4].set(jnp.array([jnp.nan, jnp.inf, -0.0, 1e-40]))
-    model = jaxvit.params.from_params(CONFIG, to_params(other) | {"cls": cls})
+    model = jaxvit.model.params.from_params(CONFIG, to_params(other) | {"cls": cls})
     jaxvit.save(model, tmp_path / "model")
     assert_same(jaxvit.load(tmp_path / "model"), model)
 

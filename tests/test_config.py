@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxvit import Preprocess, TokenLayout, ViTConfig
-from jaxvit.config import Mlp, check_types
+from jaxvit.model.config import Mlp, check_types
 
 SMALL = dict(depth=2, width=32, heads=4, hidden=48)
 
@@ -165,7 +165,7 @@ def test_other_images_are_refused(height, width):
 
 
 def test_the_kinds_of_mlp_are_those_the_model_has():
-    from jaxvit.layers import ACTIVATIONS
+    from jaxvit.model.layers import ACTIVATIONS
 
     assert {*ACTIVATIONS, "swiglu"} == set(Mlp.__args__)
 

@@ -44,7 +44,7 @@ from convert.engine import Layout, check_table, convert_tensors, copy
 from convert.originals import build_timm, build_transformers
 from convert.sources import Source
 from experiments.embedded import MODEL_SHA256, model_file, photographs
-from jaxvit.params import from_params, to_params
+from jaxvit.model.params import from_params, to_params
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = {f"{mlp}-{registers}": tiny(mlp, registers) for mlp in ("gelu", "swiglu") for registers in (0, 4)}

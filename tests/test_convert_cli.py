@@ -21,7 +21,7 @@ import convert
 import jaxvit
 from convert.__main__ import main
 from convert.verify import Size
-from jaxvit.params import to_params
+from jaxvit.model.params import to_params
 
 ROOT = Path(__file__).parents[1]
 CONFIG = tiny(registers=4, depth=1)

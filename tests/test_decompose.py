@@ -13,7 +13,7 @@ from conftest import FAMILIES, random_images, random_model
 
 import jaxvit
 from jaxvit import Preprocess, Take, TokenLayout, ablate, amplify, knockout
-from jaxvit.decompose import (
+from jaxvit.analysis.decompose import (
     accumulated_residual,
     attention_flow,
     attention_mass,

@@ -12,7 +12,7 @@ from conftest import TINY, random_images, random_model
 
 import jaxvit
 from jaxvit import ActivationStats, ViTConfig, ablate, replace_by_mean
-from jaxvit.params import from_params, to_params
+from jaxvit.model.params import from_params, to_params
 
 pytest.importorskip("onnx")
 DOCS = Path(__file__).parents[1] / "docs"

@@ -13,11 +13,11 @@ from reference import BATCH, HEIGHT, WIDTH, everything, kinds, meaning, numpy_ru
 
 import jaxvit
 from jaxvit import SITES, Edit, Relocate, Shuffle, Take, ViT, ViTConfig, merge, one_of
-from jaxvit.attention import softmax
-from jaxvit.edits import Operation, listed
-from jaxvit.params import abstract, from_params, to_params
-from jaxvit.sites import ATTENTION_SITES
-from jaxvit.tap import Tap
+from jaxvit.model.attention import softmax
+from jaxvit.model.edits import Operation, listed
+from jaxvit.model.params import abstract, from_params, to_params
+from jaxvit.model.sites import ATTENTION_SITES
+from jaxvit.model.tap import Tap
 
 # Rounding of float64 in two orders of summation, in units of a site's largest value.
 ROUNDING = 1e-12

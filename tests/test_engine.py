@@ -17,8 +17,8 @@ import jaxvit
 from experiments.engine import KEPT, Store, run_pass
 from experiments.experiment import Measured, Pairs
 from jaxvit import ImageError, ViTConfig
-from jaxvit.config import Preprocess
-from jaxvit.similarity import StreamingCKA
+from jaxvit.analysis.similarity import StreamingCKA
+from jaxvit.model.config import Preprocess
 
 CONFIG = ViTConfig(**TINY, preprocess=Preprocess(resize=20, crop=20))
 COUNT, BATCH = 11, 3

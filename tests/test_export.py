@@ -34,7 +34,7 @@ from convert.originals import (
 )
 from convert.verify import arithmetic, error, results
 from jaxvit import ViTConfig
-from jaxvit.params import abstract, from_params, to_params
+from jaxvit.model.params import abstract, from_params, to_params
 
 BASE = dict(depth=2, width=64, heads=2, hidden=128, patch=4, grid=(4, 4))
 DINOV2 = dict(BASE, hidden=256)

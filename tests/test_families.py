@@ -35,8 +35,8 @@ from convert.originals import (
 )
 from convert.verify import FLOAT32_SITES, Size, compare, random_images
 from jaxvit import ViTConfig
-from jaxvit.params import to_params
-from jaxvit.positions import rope_periods
+from jaxvit.model.params import to_params
+from jaxvit.model.positions import rope_periods
 
 TINY = dict(depth=2, width=128, heads=2, hidden=512, patch=4, grid=(4, 4))
 PLAIN = ViTConfig(**TINY, layer_scale=False)
@@ -294,7 +294,7 @@ def test_both_conventions_of_periods_differ():
     """In float32 and rounded: the same weights give other features, so that it matters which are taken."""
     model = convert.load(dinov3_transformers())
     images = jnp.asarray(random_images(model, Size(16, 16)), jnp.float32)
-    rounded = jaxvit.params.from_params(replace(model.config, rope="bfloat16"), to_params(model))
+    rounded = jaxvit.model.params.from_params(replace(model.config, rope="bfloat16"), to_params(model))
     difference = jnp.abs(model(images).cls - rounded(images).cls).max()
     assert 1e-6 < difference < 0.1
 
@@ -336,7 +336,7 @@ def test_rotary_sweeps_and_removed_registers(rotary):
     one = run(rotary, images, ablate(rotary, "z", layers=1, heads=0))
     np.testing.assert_allclose(swept.values[1, 0], one, rtol=2e-5)
     params = {name: a for name, a in to_params(rotary).items() if name != "registers"}
-    without = jaxvit.params.from_params(replace(rotary.config, registers=0), params)
+    without = jaxvit.model.params.from_params(replace(rotary.config, registers=0), params)
     cut = jax.jit(lambda m, x, e: m(x, e).cls)(rotary, images, remove_registers(rotary))
     np.testing.assert_allclose(cut, jax.jit(lambda m, x: m(x).cls)(without, images), atol=1e-5)
 

@@ -18,7 +18,7 @@ import convert
 from benchmarks.originals import random_original
 from convert.originals import fold_timm, interpolation
 from jaxvit import Positions, ViTConfig, merge
-from jaxvit.interventions import (
+from jaxvit.interventions.constructors import (
     ablate,
     amplify,
     freeze_attention,

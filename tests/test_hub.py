@@ -33,7 +33,7 @@ import convert
 import jaxvit
 from convert import ConversionError
 from convert.sources import INDEX
-from jaxvit.params import to_params
+from jaxvit.model.params import to_params
 
 ROOT = Path(__file__).parents[1]
 CONFIG = tiny()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxvit import images as images_module
-from jaxvit.config import Preprocess, ViTConfig
-from jaxvit.images import Batch, ImageError, decode, find_images, prepare, resize, stream
+from jaxvit.io import images as images_module
+from jaxvit.io.images import Batch, ImageError, decode, find_images, prepare, resize, stream
+from jaxvit.model.config import Preprocess, ViTConfig
 
 SMALL = Preprocess(resize=20, crop=14)
 

@@ -32,8 +32,8 @@ from jaxvit import (
     steer,
     zero_attention,
 )
-from jaxvit.params import from_params, to_params
-from jaxvit.sites import ATTENTION_SITES
+from jaxvit.model.params import from_params, to_params
+from jaxvit.model.sites import ATTENTION_SITES
 
 LAYOUT = FAMILIES["dinov2 with registers"].layout(HEIGHT, WIDTH)
 P, T = LAYOUT.prefix, LAYOUT.tokens

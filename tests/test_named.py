@@ -9,7 +9,7 @@ from conftest import FAMILIES
 from matplotlib.colors import to_rgba
 
 from jaxvit import Grid, NamedArray, grids
-from jaxvit.params import abstract
+from jaxvit.model.params import abstract
 
 CONTROLS = ("zero", "mean", "noise")
 

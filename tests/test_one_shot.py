@@ -29,8 +29,8 @@ from experiments.experiment import About, Found, View
 from experiments.passes import Labelled, Request
 from experiments.trace import observe
 from jaxvit import Edit, ImageError, ViT, ViTConfig
-from jaxvit.config import Preprocess
-from jaxvit.params import from_params, to_params
+from jaxvit.model.config import Preprocess
+from jaxvit.model.params import from_params, to_params
 
 OPTIONS = {option.name: option.default for option in EXPERIMENT.options}
 COLOURS = np.array([[r, g, b] for r in (40, 210) for g in (40, 210) for b in (40, 210)], np.uint8)
@@ -530,7 +530,7 @@ def test_a_saved_dataset_is_read_row_by_row(datasets, tmp_path, monkeypatch):
     assert list(found.labels) == labels[:-1] and found.classes == [f"colour {i}" for i in range(8)]
     assert len(found.sources) == 32 and decoded == []
     for i in (0, 7, 31):
-        pixels = jaxvit.images.decode(found.sources[i].fetch())
+        pixels = jaxvit.decode(found.sources[i].fetch())
         assert np.abs(pixels.mean((0, 1)) - COLOURS[labels[i]]).max() < 10
     assert str(found.sources[3]).endswith(" row 3") and found.sources[2:4][1].number == 3
     again = labelled.parse(f"datasets:{tmp_path / 'saved'}")
@@ -564,7 +564,7 @@ def test_a_row_may_be_the_path_of_a_file(datasets, tmp_path):
     there, lost = labelled.Rows(dataset, "image", range(2), "paths")
     assert there.fetch() == (tmp_path / "there.png").read_bytes()
     with pytest.raises(ImageError, match=r"empty \(0 bytes\)"):
-        jaxvit.images.decode(lost.fetch())
+        jaxvit.decode(lost.fetch())
 
 
 def test_splits(datasets, tmp_path):
@@ -591,7 +591,7 @@ def test_a_folder_of_images_read_as_a_dataset(datasets, tmp_path):
             picture(rng, 1).save(tmp_path / "images" / name / f"{i}.png")
     found = labelled.parse(f"datasets:{tmp_path / 'images'}")
     assert found.classes == ["a", "b"] and found.labels == [0, 0, 0, 1, 1, 1]
-    assert jaxvit.images.decode(found.sources[4].fetch()).shape == (22, 20, 3)
+    assert jaxvit.decode(found.sources[4].fetch()).shape == (22, 20, 3)
 
 
 def test_columns_are_found_by_type_and_by_name(datasets, tmp_path):

@@ -31,10 +31,10 @@ from experiments.experiment import Experiment, Measured, Subject, View
 from experiments.passes import Clean, Request
 from experiments.trace import cls_reading, median, observe, parts, widened
 from jaxvit import ActivationStats, Take, ViT, ViTConfig
-from jaxvit.config import Preprocess
-from jaxvit.decompose import attention_parts, contributions, rollout
-from jaxvit.params import from_params, to_params
-from jaxvit.similarity import cosine
+from jaxvit.analysis.decompose import attention_parts, contributions, rollout
+from jaxvit.analysis.similarity import cosine
+from jaxvit.model.config import Preprocess
+from jaxvit.model.params import from_params, to_params
 
 SIDE = 20
 move_to_registers = jaxvit.test_time_registers  # a name that pytest does not take for a test

@@ -312,10 +312,10 @@ def test_a9_sends_each_summand_through_the_rest_of_the_model(model, images, run,
 
 def planted(model, layer_scale):
     """The last layer's attention is multiplied by a number before it is added to the stream."""
-    params = jaxvit.params.to_params(model)
+    params = jaxvit.model.params.to_params(model)
     name = next(name for name in params if "scale1" in name)
     params = dict(params) | {name: params[name].at[-1].set(layer_scale)}
-    return jaxvit.params.from_params(model.config, params)
+    return jaxvit.model.params.from_params(model.config, params)
 
 
 def test_where_attention_adds_nothing_the_skip_path_is_all(registers, images):

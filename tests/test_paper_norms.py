@@ -22,8 +22,8 @@ from experiments.examples import explain
 from experiments.experiment import About, Subject, View
 from experiments.trace import observe
 from jaxvit import Preprocess, Take, ViTConfig, cast
-from jaxvit.interventions import knockout
-from jaxvit.params import from_params, to_params
+from jaxvit.interventions.constructors import knockout
+from jaxvit.model.params import from_params, to_params
 
 A1, A2, A5, A7, A8 = (
     module.EXPERIMENT for module in (a1_attention_mass, a2_top_register, a5_patch_cosine, a7_norms, a8_depth_cosine)

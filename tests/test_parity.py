@@ -29,7 +29,7 @@ from convert.originals import interpolation, original_of
 from convert.verify import FLOAT32_SITES, Size, compare, compare_all, default_sizes, layers_at_a_time, random_images
 from experiments import embedded
 from jaxvit import ViTConfig
-from jaxvit.params import abstract, from_params, to_params
+from jaxvit.model.params import abstract, from_params, to_params
 
 DATA = Path(__file__).parents[1] / ".data"
 CONFIGS = {

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxvit.config import Resampling
-from jaxvit.positions import resample_positions, resampling_matrix
+from jaxvit.model.config import Resampling
+from jaxvit.model.positions import resample_positions, resampling_matrix
 
 RULES = get_args(Resampling)
 

@@ -26,7 +26,7 @@ from convert import LAYOUTS, ConversionError, engine
 from convert.engine import convert_tensors
 from convert.originals import build_clip, build_dinov3, build_dinov3_timm, build_timm, build_transformers
 from jaxvit import ViTConfig
-from jaxvit.positions import rope_periods
+from jaxvit.model.positions import rope_periods
 
 BASE = dict(depth=2, width=64, heads=2, hidden=128, patch=4, grid=(4, 4))
 DINOV3 = dict(**BASE, registers=3, positions=False, rope="float32", eps=1e-5)

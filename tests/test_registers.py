@@ -11,7 +11,7 @@ from conftest import FAMILIES, TINY, random_images, random_model
 
 import jaxvit
 from jaxvit import Batch, Take, ViTConfig, add_registers, find_register_neurons, remove_registers, test_time_registers
-from jaxvit.params import from_params, to_params
+from jaxvit.model.params import from_params, to_params
 
 SIZE = (24, 16)
 move_to_registers = test_time_registers  # a name that pytest does not take for a test

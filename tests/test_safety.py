@@ -24,7 +24,7 @@ import convert
 from convert import ConversionError, sources
 from convert.sources import open_source
 from jaxvit import Preprocess
-from jaxvit.params import to_params
+from jaxvit.model.params import to_params
 
 CONFIG = tiny()
 HUB = hub_state(CONFIG, numbers(CONFIG))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxvit.similarity import CKA, StreamingCKA, cosine
+from jaxvit.analysis.similarity import CKA, StreamingCKA, cosine
 
 
 def data(n, d1=5, d2=7, seed=0, shared=0.7):

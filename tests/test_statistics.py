@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 import jaxvit
 from jaxvit import ActivationStats, Batch, CheckpointError, Take
-from jaxvit.interventions import replace_by_mean
+from jaxvit.interventions.constructors import replace_by_mean
 
 SITES = ("q", "k", "v", "z", "mlp_post", "resid_pre", "resid_mid", "resid_post")
 SIDE, IMAGES, GROUPS = 8, 7, 5

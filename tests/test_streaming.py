@@ -31,9 +31,10 @@ from safetensors.numpy import save_file as library_save_file
 import convert
 import jaxvit
 from convert import ConversionError, engine
-from jaxvit import CheckpointError, checkpoint
-from jaxvit.checkpoint import SafetensorsFile, claimed, save_file
-from jaxvit.params import to_params
+from jaxvit import CheckpointError
+from jaxvit.io import checkpoint
+from jaxvit.io.checkpoint import SafetensorsFile, claimed, save_file
+from jaxvit.model.params import to_params
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = {f"{mlp}-{registers}": tiny(mlp, registers) for mlp in ("gelu", "swiglu") for registers in (0, 4)}

@@ -14,8 +14,9 @@ import pytest
 from conftest import FAMILIES, random_images, random_model
 
 import jaxvit
-from jaxvit import ActivationStats, Batch, Edit, Grid, Positions, Shuffle, Take, attribute, grids, sweep, sweeps
-from jaxvit.interventions import (
+from jaxvit import ActivationStats, Batch, Edit, Grid, Positions, Shuffle, Take, attribute, grids, sweep
+from jaxvit.interventions import sweeps
+from jaxvit.interventions.constructors import (
     ablate,
     amplify,
     knockout,
@@ -26,8 +27,8 @@ from jaxvit.interventions import (
     steer,
     zero_attention,
 )
-from jaxvit.params import from_params, to_params
-from jaxvit.progress import bar, track
+from jaxvit.io.progress import bar, track
+from jaxvit.model.params import from_params, to_params
 
 HEIGHT, WIDTH, BATCH = 8, 8, 3  # 2 x 2 patches
 ORDER = np.array([1, 2, 0])
@@ -441,7 +442,7 @@ def derivative(model, images, edits, clean, metric=summary):
     def at(t):
         scaled = {
             site: tuple(replace(e, mask=jnp.asarray(e.mask) * t) for e in each)
-            for site, each in jaxvit.edits.listed(edits).items()
+            for site, each in jaxvit.model.edits.listed(edits).items()
         }
         return metric(model(images, scaled), clean)
 

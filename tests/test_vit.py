@@ -15,10 +15,11 @@ from conftest import FAMILIES, TINY, random_images, random_model
 from flax import nnx
 
 import jaxvit
-from jaxvit import SITES, Take, ViT, ViTConfig, attention
-from jaxvit.layers import PlainMlp
-from jaxvit.params import abstract, from_params, to_params
-from jaxvit.sites import ATTENTION_SITES
+from jaxvit import SITES, Take, ViT, ViTConfig
+from jaxvit.model import attention
+from jaxvit.model.layers import PlainMlp
+from jaxvit.model.params import abstract, from_params, to_params
+from jaxvit.model.sites import ATTENTION_SITES
 
 HEIGHT, WIDTH = 24, 16  # 6 x 4 patches: another grid than the positions', and not square
 BATCH = 2
@@ -525,7 +526,7 @@ def test_models_are_plain_trees_whatever_the_mode_of_flax():
         warnings.simplefilter("error")
         import jax, jax.numpy as jnp, numpy as np
         from jaxvit import ViTConfig
-        from jaxvit.params import abstract
+        from jaxvit.model.params import abstract
 
         config = ViTConfig(depth=2, width=16, heads=2, hidden=24, patch=4, grid=(3, 3), registers=2, mlp="swiglu")
         rng = np.random.default_rng(0)

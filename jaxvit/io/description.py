@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxvit.config import ViTConfig
+from jaxvit.model.config import ViTConfig
 
 
 def in_words(c: ViTConfig) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxvit.named import Label
-from jaxvit.tokens import TokenLayout
-from jaxvit.vit import ViT
+from jaxvit.analysis.named import Label
+from jaxvit.model.tokens import TokenLayout
+from jaxvit.model.vit import ViT
 
 
 class Grid:

@@ -1,4 +1,4 @@
-"""Norms, MLPs, and what else a block is made of. Axes as in `jaxvit.vit`."""
+"""Norms, MLPs, and what else a block is made of. Axes as in `jaxvit.model.vit`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from jaxvit.config import ViTConfig
-from jaxvit.tap import Tap
+from jaxvit.model.config import ViTConfig
+from jaxvit.model.tap import Tap
 
 
 def per_channel(a_D: Array, x: Array) -> Array:

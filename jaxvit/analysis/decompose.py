@@ -11,7 +11,7 @@ All functions but `over_images` can be jitted, with `layers`, `layout` and words
 are what was recorded there, after its edits: the parts of an edited run are as exact, unless `z` or `attn_out` itself
 is what was edited.
 
-Axes as in `jaxvit.vit`; G groups of tokens, in the order of `TokenLayout.group_names`.
+Axes as in `jaxvit.model.vit`; G groups of tokens, in the order of `TokenLayout.group_names`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jaxvit.edits import Edits, by_layer, check_edits, listed
-from jaxvit.images import Batch
-from jaxvit.layers import LayerNorm, LayerScale, RmsNorm
-from jaxvit.progress import bar
-from jaxvit.sites import Record, recording_plan
-from jaxvit.tap import Tap
-from jaxvit.tokens import TokenLayout
-from jaxvit.vit import Block, ViT
+from jaxvit.io.images import Batch
+from jaxvit.io.progress import bar
+from jaxvit.model.edits import Edits, by_layer, check_edits, listed
+from jaxvit.model.layers import LayerNorm, LayerScale, RmsNorm
+from jaxvit.model.sites import Record, recording_plan
+from jaxvit.model.tap import Tap
+from jaxvit.model.tokens import TokenLayout
+from jaxvit.model.vit import Block, ViT
 
 # These are sums of a few large terms that cancel: keep all bits also where matrix products default to fewer.
 einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""What stands behind the blocks: how tokens are pooled, and a linear layer on that. Axes as in `jaxvit.vit`."""
+"""What stands behind the blocks: how tokens are pooled, and a linear layer on that. Axes as in `jaxvit.model.vit`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from jaxvit.attention import fused_attention
-from jaxvit.config import ViTConfig
-from jaxvit.layers import ACTIVATIONS, make_norm
+from jaxvit.model.attention import fused_attention
+from jaxvit.model.config import ViTConfig
+from jaxvit.model.layers import ACTIVATIONS, make_norm
 
 
 class ClsPool(nnx.Module):

@@ -22,14 +22,14 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jaxvit.edits import Relocate
-from jaxvit.images import Batch
-from jaxvit.interventions import SiteEdits, select
-from jaxvit.params import from_params, to_params
-from jaxvit.progress import track
-from jaxvit.sites import Take
-from jaxvit.statistics import images_and_valid
-from jaxvit.vit import ViT
+from jaxvit.interventions.constructors import SiteEdits, select
+from jaxvit.interventions.statistics import images_and_valid
+from jaxvit.io.images import Batch
+from jaxvit.io.progress import track
+from jaxvit.model.edits import Relocate
+from jaxvit.model.params import from_params, to_params
+from jaxvit.model.sites import Take
+from jaxvit.model.vit import ViT
 
 
 def add_registers(model: ViT, count: int = 1, values: ArrayLike = 0.0) -> ViT:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import jax
 from jaxtyping import Array
 
-from jaxvit.edits import Operation
-from jaxvit.sites import ATTENTION_SITES, Layer
+from jaxvit.model.edits import Operation
+from jaxvit.model.sites import ATTENTION_SITES, Layer
 
 
 class Tap:

@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float
 from safetensors.numpy import save_file
 
-from jaxvit.checkpoint import CheckpointError, SafetensorsFile, replacing_file
-from jaxvit.images import Batch
-from jaxvit.progress import track
-from jaxvit.sites import ATTENTION_SITES, Take, check_sites
-from jaxvit.tokens import TokenLayout
-from jaxvit.vit import ViT
+from jaxvit.io.checkpoint import CheckpointError, SafetensorsFile, replacing_file
+from jaxvit.io.images import Batch
+from jaxvit.io.progress import track
+from jaxvit.model.sites import ATTENTION_SITES, Take, check_sites
+from jaxvit.model.tokens import TokenLayout
+from jaxvit.model.vit import ViT
 
 Images = Array | np.ndarray | Batch | Iterable[Array | np.ndarray | Batch]
 """[B, H, W, 3], or any number of batches, such as of `jaxvit.stream`, whose repeated images do not count."""

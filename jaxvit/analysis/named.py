@@ -13,7 +13,7 @@ from zlib import error as ZlibError
 
 import numpy as np
 
-from jaxvit.checkpoint import replacing_file
+from jaxvit.io.checkpoint import replacing_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxvit.config import Resampling, Rope
+from jaxvit.model.config import Resampling, Rope
 
 
 def cubic(x: np.ndarray, a: float) -> np.ndarray:

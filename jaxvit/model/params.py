@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxvit.config import ViTConfig
-from jaxvit.vit import Output, ViT
+from jaxvit.model.config import ViTConfig
+from jaxvit.model.vit import Output, ViT
 
 Params = dict[str, Any]
 """Dotted parameter name -> array. Those of the blocks have a leading axis L: `blocks.attn.qkv.kernel` is [L, D, 3D]."""

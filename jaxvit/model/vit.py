@@ -17,16 +17,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxvit.attention import Attention, Turn
-from jaxvit.config import ViTConfig
-from jaxvit.description import in_words
-from jaxvit.edits import Edits, by_layer, check_edits, listed
-from jaxvit.heads import POOLS, make_head
-from jaxvit.layers import LayerScale, identity, make_mlp, make_norm
-from jaxvit.positions import resample_positions, rotation
-from jaxvit.sites import Record, recording_plan
-from jaxvit.tap import Tap
-from jaxvit.tokens import TokenLayout
+from jaxvit.io.description import in_words
+from jaxvit.model.attention import Attention, Turn
+from jaxvit.model.config import ViTConfig
+from jaxvit.model.edits import Edits, by_layer, check_edits, listed
+from jaxvit.model.heads import POOLS, make_head
+from jaxvit.model.layers import LayerScale, identity, make_mlp, make_norm
+from jaxvit.model.positions import resample_positions, rotation
+from jaxvit.model.sites import Record, recording_plan
+from jaxvit.model.tap import Tap
+from jaxvit.model.tokens import TokenLayout
 
 
 class Output(NamedTuple):

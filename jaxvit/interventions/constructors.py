@@ -22,11 +22,11 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jaxvit.edits import Edit, Operation, Over, Queries, Shuffle
-from jaxvit.sites import ATTENTION_SITES, SITES, check_sites
-from jaxvit.statistics import ActivationStats
-from jaxvit.tokens import TokenLayout
-from jaxvit.vit import ViT
+from jaxvit.interventions.statistics import ActivationStats
+from jaxvit.model.edits import Edit, Operation, Over, Queries, Shuffle
+from jaxvit.model.sites import ATTENTION_SITES, SITES, check_sites
+from jaxvit.model.tokens import TokenLayout
+from jaxvit.model.vit import ViT
 
 SiteEdits = Mapping[str, Operation]
 

@@ -1,4 +1,4 @@
-"""Attention, whose weights are written out where somebody reads or edits them. Axes as in `jaxvit.vit`."""
+"""Attention, whose weights are written out where somebody reads or edits them. Axes as in `jaxvit.model.vit`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from jaxvit.config import ViTConfig
-from jaxvit.layers import identity, make_norm
-from jaxvit.tap import Tap
+from jaxvit.model.config import ViTConfig
+from jaxvit.model.layers import identity, make_norm
+from jaxvit.model.tap import Tap
 
 Turn = Callable[[Array], Array]
 """Of queries or keys [B, T, H, d]."""

@@ -21,10 +21,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from jaxvit.config import ViTConfig
-from jaxvit.description import in_words, of_parity, origin
-from jaxvit.params import abstract, enabled, from_params, to_params
-from jaxvit.vit import ViT
+from jaxvit.io.description import in_words, of_parity, origin
+from jaxvit.model.config import ViTConfig
+from jaxvit.model.params import abstract, enabled, from_params, to_params
+from jaxvit.model.vit import ViT
 
 WEIGHTS, CONFIG, PARITY = "model.safetensors", "config.json", "parity.json"
 FORMAT = 2

@@ -11,7 +11,7 @@ needs. `Edit`, whose replacement is scale x + shift, covers all but what depends
 A model takes a mapping of sites to edits. The sites are part of the program, every array is data: other values never
 compile anything again, `jax.vmap` over masks runs many interventions at once, and `jax.grad` goes through.
 
-Axes as in `jaxvit.sites`; G groups of tokens, in the order of `TokenLayout.group_names`.
+Axes as in `jaxvit.model.sites`; G groups of tokens, in the order of `TokenLayout.group_names`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jaxvit.sites import ATTENTION_SITES, SITES, check_sites
+from jaxvit.model.sites import ATTENTION_SITES, SITES, check_sites
 
 Over = Literal["groups", "tokens"]
 """What the token axes of an edit's arrays count."""

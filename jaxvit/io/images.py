@@ -24,7 +24,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from jaxvit.config import Preprocess, ViTConfig
+from jaxvit.model.config import Preprocess, ViTConfig
 
 Source = str | os.PathLike | bytes | Image.Image | np.ndarray | Array
 """One image: a path, the bytes of a file, a Pillow image, or uint8 pixels [H, W, 3] or [H, W]."""

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
-from jaxvit.tokens import TokenLayout
+from jaxvit.model.tokens import TokenLayout
 
 Resampling = Literal["bicubic_antialias", "bicubic", "bicubic_offset"]
-"""How positions learned on one grid are brought to another; see `jaxvit.positions`."""
+"""How positions learned on one grid are brought to another; see `jaxvit.model.positions`."""
 
 Mlp = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 """`gelu`: fc2(gelu(fc1(x))), with the exact (erf) GELU; `gelu_tanh` and `quick_gelu`, x sigmoid(1.702 x), approximate
@@ -24,7 +24,7 @@ FinalNorm = Literal["tokens", "pooled", "none"]
 
 Pool = Literal["cls", "mean", "cls_mean", "attention", "distilled"]
 """What `Output.pooled` is: [CLS]; the mean of the patches; both, one after the other (2 D numbers); what a learned
-query attends to (`jaxvit.heads`); or the mean of [CLS] and the last register, in a distilled DeiT its second token."""
+query attends to (`jaxvit.model.heads`); or the mean of [CLS] and the last register, in a distilled DeiT its second one."""
 
 Rope = Literal["float32", "bfloat16"]
 """Rotary positions as in DINOv3, with periods in this type: its training rounded them, its later ports do not."""

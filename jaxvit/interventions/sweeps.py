@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxvit.edits import Edit, Edits, Operation, by_layer, listed
-from jaxvit.grids import Grid
-from jaxvit.images import Batch
-from jaxvit.named import NamedArray
-from jaxvit.progress import bar, length, track
-from jaxvit.similarity import cosine
-from jaxvit.sites import ATTENTION_SITES, Record, Take, as_takes
-from jaxvit.statistics import Images, batches_of, images_and_valid
-from jaxvit.vit import Output, ViT
+from jaxvit.analysis.named import NamedArray
+from jaxvit.analysis.similarity import cosine
+from jaxvit.interventions.grids import Grid
+from jaxvit.interventions.statistics import Images, batches_of, images_and_valid
+from jaxvit.io.images import Batch
+from jaxvit.io.progress import bar, length, track
+from jaxvit.model.edits import Edit, Edits, Operation, by_layer, listed
+from jaxvit.model.sites import ATTENTION_SITES, Record, Take, as_takes
+from jaxvit.model.vit import Output, ViT
 
 Point = Mapping[str, Array]
 """Axis of the grid -> its number at this point; a traced array without axes."""
