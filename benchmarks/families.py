@@ -50,7 +50,7 @@ def sources(family: str, config: ViTConfig) -> Iterator[tuple[str, Any, convert.
         yield "transformers", randomise(build_dinov3(config)), {}
         config = replace(config, rope="bfloat16")
     elif family == "CLIP":
-        plain = randomise(build_timm(replace(config, head_bias=True), positioned=True))
+        plain = randomise(build_timm(config, positioned=True))
         yield "timm", plain, {}
         yield "transformers", randomise(build_clip(config)), {}
     else:
@@ -64,12 +64,7 @@ def official(module: Any, config: ViTConfig) -> dict[str, Any]:
     model = convert.load(module)
     own = "bicubic" if config.pre_norm else "bicubic_antialias" if module.num_classes or config.registers else None
     changed = replace(model.config, rope=config.rope, pool="cls", resampling=own or "bicubic_offset")
-    if config.pre_norm:
-        changed = replace(changed, head_bias=False)
-    from jaxvit.model.params import from_params, to_params
-
-    params = {name: a for name, a in to_params(model).items() if changed.head_bias or name != "head.linear.bias"}
-    return state_dict(from_params(changed, params), "hub")
+    return state_dict(from_params(changed, to_params(model)), "hub")
 
 
 def given(family: str, config: ViTConfig) -> convert.Options:

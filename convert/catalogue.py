@@ -100,9 +100,7 @@ def deit3() -> list[Checkpoint]:
 
 
 def clip() -> list[Checkpoint]:
-    family: dict[str, Any] = dict(
-        layer_scale=False, patch_bias=False, pre_norm=True, eps=1e-5, mlp="quick_gelu", head_bias=False
-    )
+    family: dict[str, Any] = dict(layer_scale=False, patch_bias=False, pre_norm=True, eps=1e-5, mlp="quick_gelu")
     models = (
         ("B/32", "base", 32, 224, 512, "base-patch32", "ViT-B-32.pt"),
         ("B/16", "base", 16, 224, 512, "base-patch16", "ViT-B-16.pt"),
@@ -113,11 +111,11 @@ def clip() -> list[Checkpoint]:
         Checkpoint(
             "CLIP",
             name,
-            of_size(size, patch, pixels, classes=classes, **family),
+            of_size(size, patch, pixels, projection=projection, **family),
             "MIT",
             (f"openai/clip-vit-{hub}", f"timm/vit_{size}_patch{patch}_clip_quickgelu_{pixels}.openai", file),
         )
-        for name, size, patch, pixels, classes, hub, file in models
+        for name, size, patch, pixels, projection, hub, file in models
     ]
 
 

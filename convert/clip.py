@@ -1,8 +1,9 @@
 """CLIP's image encoders: OpenAI's archives and OpenCLIP's files, which share their names, and transformers'.
 
-Only the image side is converted; the text side is ignored by name. The projection into the space shared with texts is
-`Output.logits`. OpenAI trained with an approximation of GELU, OpenCLIP mostly with GELU itself, and the tensors do not
-tell: OpenAI's archives are known by the three numbers they hold beside their tensors, others need a config.
+Only the image encoder is converted; the text encoder is ignored by name. The projection into the space shared with
+texts is `Output.projection`. OpenAI trained with an approximation of GELU, OpenCLIP mostly with GELU itself, and the
+tensors do not tell: OpenAI's archives are known by the three numbers they hold beside their tensors, others need a
+config.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ def decided(found: dict[str, Any], hints: Mapping[str, Any], **more: Any) -> ViT
         patch_bias=False,
         pre_norm=True,
         eps=1e-5,
-        head_bias=False,
         resampling="bicubic",
         preprocess=Preprocess(side, side, MEAN, STD),
     )
@@ -58,7 +58,7 @@ def openai_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
         hidden=shape_of(tensors, f"{BLOCK.format(i=0)}.mlp.c_fc.weight", 2)[0],
         patch=square(*patch),
         grid=grid_of(tensors, "positional_embedding", 2, (1,)),
-        classes=shape_of(tensors, "proj", 2)[1] if "proj" in tensors else 0,
+        projection=shape_of(tensors, "proj", 2)[1] if "proj" in tensors else 0,
     )
     own = all(f"{name} (outside visual.)" in tensors for name in NUMBERS)
     return decided(found, hints, **({"mlp": "quick_gelu"} if own else {}))
@@ -77,7 +77,7 @@ def openai_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
         *linear(f"{BLOCK}.mlp.c_fc", "blocks.mlp.fc1"),
         *linear(f"{BLOCK}.mlp.c_proj", "blocks.mlp.fc2"),
         *norm("ln_post", "norm"),
-        *([Rule(("proj",), ("head.linear.kernel",), lambda w: [w])] if config.classes else []),
+        *([Rule(("proj",), ("head.linear.kernel",), lambda w: [w])] if config.projection else []),
     ]
 
 
@@ -115,7 +115,7 @@ def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig
         hidden=shape_of(tensors, f"{LAYER.format(i=0)}.mlp.fc1.weight", 2)[0],
         patch=square(*patch),
         grid=grid_of(tensors, "embeddings.position_embedding.weight", 2, (1,)),
-        classes=shape_of(tensors, "visual_projection.weight", 2)[0] if "visual_projection.weight" in tensors else 0,
+        projection=shape_of(tensors, "visual_projection.weight", 2)[0] if "visual_projection.weight" in tensors else 0,
     )
     return decided(found, hints)
 
@@ -133,7 +133,7 @@ def transformers_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
         *linear(f"{LAYER}.mlp.fc1", "blocks.mlp.fc1"),
         *linear(f"{LAYER}.mlp.fc2", "blocks.mlp.fc2"),
         *norm("post_layernorm", "norm"),
-        *(linear("visual_projection", "head.linear", bias=False) if config.classes else ()),
+        *(linear("visual_projection", "head.linear", bias=False) if config.projection else ()),
     ]
 
 

@@ -22,7 +22,7 @@ from convert.neighbours import betrayed, looks_like
 from jaxvit import ViTConfig
 from jaxvit.io.checkpoint import Put, empty
 from jaxvit.io.progress import track
-from jaxvit.model.params import Params, abstract, to_params
+from jaxvit.model.params import Params, abstract, matrix_shape, to_params
 
 Tensors = Mapping[str, np.ndarray]
 Transform = Callable[..., Sequence[np.ndarray]]
@@ -228,7 +228,7 @@ def stream_tensors(
     Tensors are read for one block of one rule at a time, and dropped; of parameters no more than `PIECE` is held. What
     was put is worth nothing if this raises.
     """
-    shapes = {name: a.shape for name, a in to_params(abstract(config)).items()}
+    shapes = {name: matrix_shape(name, a.shape) for name, a in to_params(abstract(config)).items()}
     rules = layout.rules(config, tensors)
     steps = [
         (rule, block) for rule in rules for block in (range(config.depth) if "{i}" in rule.sources[0] else (None,))

@@ -27,7 +27,7 @@ from convert.engine import ConversionError, Layout, convert_tensors, locate
 from convert.meta import BLOCK, MEASURED
 from jaxvit import CheckpointError, ViT, ViTConfig
 from jaxvit.io.checkpoint import replacing_file
-from jaxvit.model.params import Params, abstract, to_params
+from jaxvit.model.params import Params, abstract, matrix_shape, to_params
 from jaxvit.model.positions import rope_periods
 
 LAYOUTS = ("timm", "transformers", "hub")
@@ -83,7 +83,7 @@ def state_dict(model: ViT, layout: str) -> State:
     """
     if layout not in LAYOUTS:
         raise ConversionError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
-    params = {name: np.asarray(a) for name, a in to_params(model).items()}
+    params = {name: np.asarray(a).reshape(matrix_shape(name, a.shape)) for name, a in to_params(model).items()}
     if unsound := [name for name, a in params.items() if not np.isfinite(a).all()]:
         raise ConversionError(f"the model cannot be exported: {', '.join(unsound)} holds NaN or infinity")
     target = target_of(model.config, layout)
@@ -131,7 +131,7 @@ def refuse(target: Target, c: ViTConfig) -> None:
         reasons.append(f"its positions are a grid of {c.grid[0]}x{c.grid[1]}, there it is a square")
     if c.rope and not c.registers:
         reasons.append("it has no registers, there is at least one")
-    if target is OPENAI and not c.classes:
+    if target is OPENAI and not (c.classes or c.projection):
         reasons.append("it has no projection, there is always one")
     if not target.hidden(c):
         reasons.append(f"hidden is {c.hidden}, a size that does not occur there at width {c.width}")
@@ -146,7 +146,8 @@ def with_biases(target: Target, c: ViTConfig, params: Params) -> tuple[ViTConfig
     if lost := [name for name in params if name not in expected and params[name].any()]:
         raise ConversionError(f"{target.whose} cannot hold this model: it has no place for {', '.join(lost)}")
     dtype = params["patch_embed.kernel"].dtype
-    return config, {n: params[n] if n in params else np.zeros(a.shape, dtype) for n, a in expected.items()}
+    shapes = {name: matrix_shape(name, a.shape) for name, a in expected.items()}
+    return config, {n: params[n] if n in params else np.zeros(shape, dtype) for n, shape in shapes.items()}
 
 
 def check(target: Target, config: ViTConfig, params: Params, state: State) -> None:
@@ -157,7 +158,7 @@ def check(target: Target, config: ViTConfig, params: Params, state: State) -> No
     layout, tensors = locate((target.layout,), state, hints | library)
     found = layout.config(tensors, hints)
     back = convert_tensors(layout, tensors, config, params["patch_embed.kernel"].dtype)
-    wrong = [name for name in params if not np.array_equal(back[name], params[name])]
+    wrong = [name for name in params if not np.array_equal(back[name].ravel(), params[name].ravel())]
     wrong += [f.name for f in fields(config) if getattr(found, f.name) != getattr(config, f.name)]
     if wrong:
         raise ConversionError(f"{target.whose} cannot hold this model: {', '.join(wrong)} would not come back equal")
@@ -383,7 +384,7 @@ def write_openai(c: ViTConfig, params: Params) -> State:
 # Which ----------------------------------------------------------------------------------------------------------------
 
 PLAIN: Needs = dict(cls=(True,), patch_norm=(False,), pre_norm=(False,), qk_norm=(False,), branch_norms=(False,))
-PLAIN |= dict(norm=("layer",), final_norm=("tokens",), pool=("cls",))
+PLAIN |= dict(norm=("layer",), final_norm=("tokens",), pool=("cls",), projection=(0,))
 LEARNED: Needs = PLAIN | dict(rope=(None,), positions=(True,))
 ROTARY: Needs = PLAIN | dict(layer_scale=(True,), positions=(False,), rope_base=(100.0,), mlp=("gelu", "swiglu"))
 OF_DINOV2: Needs = LEARNED | dict(layer_scale=(True,), mlp=("gelu", "swiglu"))
@@ -391,6 +392,7 @@ OF_DEIT3: Needs = LEARNED | dict(layer_scale=(True,), registers=(0,), mlp=("gelu
 OF_DINO: Needs = LEARNED | dict(registers=(0,), classes=(0,), mlp=("gelu",))
 OF_CLIP: Needs = LEARNED | dict(pre_norm=(True,), layer_scale=(False,), registers=(0,))
 OF_CLIP |= dict(mlp=("gelu", "gelu_tanh", "quick_gelu"))
+del OF_CLIP["projection"]
 OF_TIMM: Needs = dict(rope=(None,), pool=("cls", "mean", "attention", "distilled"))
 
 COMPUTED = {"rope": "it computes the periods of rotary positions in float32, and this model has them in bfloat16"}
@@ -398,19 +400,21 @@ STORED = {"rope": "its files hold the periods of rotary positions in bfloat16, a
 
 
 def all_biases(c: ViTConfig) -> Biases:
-    return dict(patch_bias=True, qkv_bias=True, proj_bias=True, head_bias=True)
+    return dict(patch_bias=True, qkv_bias=True, proj_bias=True)
 
 
 def rotary_biases(c: ViTConfig) -> Biases:
-    return dict(patch_bias=True, proj_bias=True, head_bias=True)
+    return dict(patch_bias=True, proj_bias=True)
 
 
 def clip_biases(c: ViTConfig) -> Biases:
-    return dict(patch_bias=False, qkv_bias=True, proj_bias=True, head_bias=False)
+    head = dict(classes=0, projection=c.projection or c.classes)
+    return dict(patch_bias=False, qkv_bias=True, proj_bias=True, **head)
 
 
 def timm_biases(c: ViTConfig) -> Biases:
-    return dict(patch_bias=not c.pre_norm, head_bias=True)  # timm ties the first two
+    head = dict(classes=c.classes or c.projection, projection=0)  # there a projection is a classifier
+    return dict(patch_bias=not c.pre_norm, **head)  # which is tied to the norm
 
 
 def whole_ratio(c: ViTConfig) -> bool:

@@ -17,11 +17,11 @@ from convert.engine import ConversionError, Rule, Tensors, copy, linear, norm, p
 from jaxvit import ViTConfig
 
 MEASURED = {"depth", "width", "hidden", "cls", "registers", "patch", "grid", "positions", "layer_scale", "norm"} | {
-    "patch_bias", "qkv_bias", "proj_bias", "patch_norm", "pre_norm", "qk_norm", "branch_norms", "classes", "head_bias"
+    "patch_bias", "qkv_bias", "proj_bias", "patch_norm", "pre_norm", "qk_norm", "branch_norms", "classes"
 }  # fmt: skip
 """Fields of a config that shapes tell; where a file beside them tells them too, both must agree."""
 
-PLAIN = dict.fromkeys(("patch_bias", "qkv_bias", "proj_bias", "head_bias"), True) | {"norm": "layer"}
+PLAIN = dict.fromkeys(("patch_bias", "qkv_bias", "proj_bias"), True) | {"norm": "layer"}
 PLAIN |= dict.fromkeys(("patch_norm", "pre_norm", "qk_norm", "branch_norms"), False)
 """What all of Meta's families have in common that other models of these names do not."""
 
@@ -67,8 +67,8 @@ def table(config: ViTConfig, tensors: Tensors, names: Names) -> list[Rule]:
         *when(c.final_norm == "tokens", norm("norm", "norm", c.norm)),
         *when(c.final_norm == "pooled", norm("fc_norm", "norm", c.norm)),
         *when(c.pool == "attention", attention_pool(c)),
-        *when(c.classes > 0, linear("head", "head.linear", c.head_bias)),
-        *when(c.classes > 0 and c.pool == "distilled", linear("head_dist", "head.distilled", c.head_bias)),
+        *when(c.classes > 0, linear("head", "head.linear")),
+        *when(c.classes > 0 and c.pool == "distilled", linear("head_dist", "head.distilled")),
     ]
 
 
@@ -187,7 +187,6 @@ def read_config(
         layer_scale=f"blocks.0.{names.scales[0]}" in tensors,
         norm="layer" if "blocks.0.norm1.bias" in tensors else "rms",
         classes=shape_of(tensors, "head.weight", 2)[0] if "head.weight" in tensors else 0,
-        head_bias="head.weight" not in tensors or "head.bias" in tensors,
     )
     found |= always or {}
     if found["positions"]:

@@ -13,7 +13,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple, Unpack
@@ -43,7 +43,7 @@ READ = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "ml
 """The sites that the libraries compute as well, in order."""
 
 Values = Mapping[str, np.ndarray]
-"""Site -> value in one layer, with the axes of `jaxvit.SITES`; after the last layer `final`, `pooled` and `logits`."""
+"""Site -> value in one layer, with the axes of `jaxvit.SITES`; after the last layer `final`, `pooled` and `head`."""
 
 Module = Any
 """A torch.nn.Module, whose submodules no type checker can follow."""
@@ -68,7 +68,7 @@ class Original:
 
     def run(self, images: np.ndarray, dtype: torch.dtype) -> Iterator[Values]:
         """What the library computes for images [B, H, W, 3]: the values of each layer, and then those after the last:
-        `final`, all tokens after the final norm, `pooled`, and `logits` if there are any.
+        `final`, all tokens after the final norm, `pooled`, and `head`: logits or a projection, if there are any.
         """
         library = library_of(self.module)
         blocks: Module = self.module.get_submodule(library.blocks)
@@ -217,7 +217,7 @@ def build_timm(config: ViTConfig, positioned: bool, gates: int = 1) -> Module:
         fc_norm=c.final_norm == "pooled",
         pool_include_prefix=c.pool_prefix,
         init_values=1.0 if c.layer_scale else None,
-        num_classes=c.classes,
+        num_classes=c.classes or c.projection,
         norm_layer=norm_layer,
         act_layer=act[c.mlp],
         dynamic_img_size=True,
@@ -227,8 +227,6 @@ def build_timm(config: ViTConfig, positioned: bool, gates: int = 1) -> Module:
         raise ConversionError(
             "timm's models have a bias in the embedding of patches just if they have no norm after it"
         )
-    if c.classes and not c.head_bias:
-        module.head = torch.nn.Linear(c.width, c.classes, bias=False)
     return module
 
 
@@ -310,9 +308,9 @@ TRANSFORMERS_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_ta
 
 def build_clip(config: ViTConfig) -> Module:
     """transformers' CLIP image encoder of these sizes, with its projection if it has one."""
-    more: dict[str, Any] = {"projection_dim": config.classes} if config.classes else {}
+    more: dict[str, Any] = {"projection_dim": config.projection} if config.projection else {}
     more["attn_implementation"] = "eager"
-    kind = transformers.CLIPVisionModelWithProjection if config.classes else transformers.CLIPVisionModel
+    kind = transformers.CLIPVisionModelWithProjection if config.projection else transformers.CLIPVisionModel
     return kind(
         transformers.CLIPVisionConfig(
             hidden_size=config.width,
@@ -358,7 +356,7 @@ def _by_timm_with_mask(layout: Layout, tensors: Tensors, state: Tensors, config:
 
 
 def _openai_clip(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
-    module = _meta(lambda: build_timm(replace(config, head_bias=True), positioned=True))
+    module = _meta(lambda: build_timm(config, positioned=True))
     own = checkpoint_filter_fn({f"visual.{name}": tensor for name, tensor in _tensors(state).items()}, module)
     module.load_state_dict(own, strict=True, assign=True)
     return module
@@ -691,7 +689,7 @@ class Library(NamedTuple):
 def finish_timm(module: Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     final = module.norm(x)
     values = {"final": final, "pooled": module.forward_head(final, pre_logits=True)}
-    return values | ({"logits": module.forward_head(final)} if module.num_classes else {})
+    return values | ({"head": module.forward_head(final)} if module.num_classes else {})
 
 
 def finish_dinov2(module: Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -700,7 +698,7 @@ def finish_dinov2(module: Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"final": final, "pooled": final[:, 0]}
     patches = final[:, 1 + getattr(module.config, "num_register_tokens", 0) :]
     pooled = torch.cat([final[:, 0], patches.mean(1)], dim=1)
-    return {"final": final, "pooled": pooled, "logits": module.classifier(pooled)}
+    return {"final": final, "pooled": pooled, "head": module.classifier(pooled)}
 
 
 def finish_dinov3(module: Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -715,7 +713,7 @@ def clip_tower(module: Module) -> Module:
 def finish_clip(module: Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     final = clip_tower(module).post_layernorm(x)
     values = {"final": final, "pooled": final[:, 0]}
-    return values | ({"logits": module.visual_projection(values["pooled"])} if module is not clip_tower(module) else {})
+    return values | ({"head": module.visual_projection(values["pooled"])} if module is not clip_tower(module) else {})
 
 
 def same(module: Module) -> Module:

@@ -32,7 +32,7 @@ def config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
             f"such as architecture='vit_base_patch16_clip_224' or --architecture vit_base_patch16_clip_224"
         )
     # timm gives the embedding of patches a bias just where no norm follows it, and every classifier one.
-    always = {"patch_bias": "norm_pre.weight" not in tensors, "head_bias": True}
+    always = {"patch_bias": "norm_pre.weight" not in tensors}
     return read_config(tensors, hints, names_of(tensors), always=always, resampling="bicubic_antialias")
 
 

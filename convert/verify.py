@@ -170,10 +170,11 @@ def run(model: ViT, images: np.ndarray, dtype: str, precise: bool = True) -> Ite
 
 
 def results(out: Output) -> dict[str, jax.Array]:
-    """What is computed of the last block's tokens: all of them after the final norm, the pooled one, logits."""
+    """What is computed of the last block's tokens: all after the final norm, the pooled one, logits or projection."""
     cls = [] if out.cls is None else [out.cls[:, None]]
     values = {"final": jnp.concatenate([*cls, out.registers, out.patches], axis=1), "pooled": out.pooled}
-    return values if out.logits is None else {**values, "logits": out.logits}
+    head = out.projection if out.logits is None else out.logits
+    return values if head is None else {**values, "head": head}
 
 
 @contextmanager

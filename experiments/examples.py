@@ -20,11 +20,11 @@ from jaxvit.analysis.decompose import (
     attention_mass,
     attention_parts,
     contributions,
-    layer_by_layer,
     projection_shares,
     rollout,
 )
 from jaxvit.io.checkpoint import replacing_file
+from jaxvit.model.run import layer_by_layer
 
 SUMMANDS = ("skip", "cls", "registers", "patches", "bias", "mlp")
 """What a prefix token is made of after a block; `registers` only where there are any."""
@@ -85,11 +85,11 @@ def _explain(model, edits, images, residual):
     record |= {"v": Take(), "pattern": Take(tokens="all")}
     n = model.prefix
 
-    def of_layer(trace, block):
+    def of_layer(trace, block, layer):
         # All queries of all layers are kept as a mean over heads alone: those of a large model would take gigabytes.
         return {**trace, "pattern": trace["pattern"][:, :, :n], "mean": trace["pattern"].mean(axis=1, keepdims=True)}
 
-    trace = widened(layer_by_layer(model, images, of_layer, record, edits)[1])
+    trace = widened(layer_by_layer(model, images, of_layer, record, edits).measured)
     layout = model.config.layout(*images.shape[1:3])
     pattern, v, update = trace["pattern"], trace["v"], trace["attn_out"]
     parts = attention_parts(model, None, pattern, v, layout)

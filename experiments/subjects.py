@@ -115,7 +115,7 @@ def family_of(names: Sequence[str], config: ViTConfig) -> str:
         for start, family in FAMILY_NAMES.items():
             if any(word.startswith(start) for word in [*words, "".join(words)]):
                 return family
-    free = {"grid": (1, 1), "classes": 0, "head_bias": False, "preprocess": config.preprocess, "resampling": "bicubic"}
+    free = {"grid": (1, 1), "classes": 0, "projection": 0, "preprocess": config.preprocess, "resampling": "bicubic"}
     plain = replace(config, **free)
     for known in catalogue.known():
         if replace(known.config, **free) == plain:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxvit import Take, ViT
-from jaxvit.analysis.decompose import Stage, attention_flow, attention_mass, einsum, layer_by_layer, readout
+from jaxvit.analysis.decompose import Stage, attention_flow, attention_mass, einsum, readout
 from jaxvit.model.edits import Edits
+from jaxvit.model.run import layer_by_layer
 from jaxvit.model.tap import Tap
 from jaxvit.model.vit import Block
 
@@ -84,7 +85,7 @@ def observe(
     record = dict.fromkeys(("skip_attn", "attn_out", "resid_mid", "mlp_out", "resid_pre"), Take(tokens="prefix"))
     record |= {"pattern": Take(tokens=rows), "v": Take(), "resid_post": Take()}
 
-    def of_layer(trace: Mapping[str, Array], block: Block) -> dict[str, Array]:
+    def of_layer(trace: Mapping[str, Array], block: Block, layer: Array) -> dict[str, Array]:
         trace, block = widened((trace, block))
         pattern, v, after = trace["pattern"], trace["v"], trace["resid_post"]
         row = pattern[:, :, 0]
@@ -102,9 +103,8 @@ def observe(
             "norms": jnp.linalg.norm(after, axis=-1),
         }
         if "contribution" in wants:
-            kernel = block.attn.proj.kernel[...].reshape(model.config.heads, -1, model.config.width)
-            # What follows the heads is pulled back on the update: one vector a head, and not one a token.
-            pulled = einsum("BD,HdD->BHd", block.scale1(found["update"]), kernel)
+            # Apply the transposed output projection to the update once, not to every token.
+            pulled = einsum("BD,HdD->BHd", block.scale1(found["update"]), block.attn.proj.kernel[...])
             found["contribution"] = einsum("BHT,BHT->BT", row, einsum("BTHd,BHd->BHT", v, pulled))
         mean = pattern.mean(axis=1)
         if "attention" in wants:
@@ -118,8 +118,8 @@ def observe(
             found |= {"largest_token": at // after.shape[-1], "largest_channel": at % after.shape[-1]}
         return found
 
-    tokens, found = layer_by_layer(model, images, of_layer, record, edits, start=start)
-    return Trace(tokens=widened(tokens), **found)
+    ran = layer_by_layer(model, images, of_layer, record, edits, start=start)
+    return Trace(tokens=widened(ran.stream), **ran.measured)
 
 
 def widened(tree: T) -> T:

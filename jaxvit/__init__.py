@@ -6,8 +6,8 @@ out.cls, out.registers, out.patches, out.trace["pattern"]
 """
 
 from jaxvit.analysis import decompose, similarity
-from jaxvit.analysis.decompose import each_layer, over_images
 from jaxvit.analysis.named import NamedArray
+from jaxvit.analysis.over_images import over_images
 from jaxvit.interventions import grids
 from jaxvit.interventions.constructors import (
     Positions,
@@ -31,8 +31,9 @@ from jaxvit.interventions.sweeps import attribute, cls_cosine, sweep
 from jaxvit.io.checkpoint import CheckpointError, describe, load, read_config, save
 from jaxvit.io.images import Batch, ImageError, decode, find_images, prepare, resize, stream
 from jaxvit.model.config import Preprocess, ViTConfig
-from jaxvit.model.edits import Edit, Relocate, Shuffle, merge, one_of
+from jaxvit.model.edits import Edit, Knockout, Relocate, Shuffle, merge, one_of
 from jaxvit.model.params import cast, functional
+from jaxvit.model.run import each_layer
 from jaxvit.model.sites import SITES, Take
 from jaxvit.model.tokens import TokenLayout
 from jaxvit.model.vit import Output, ViT
@@ -45,6 +46,7 @@ __all__ = [
     "Edit",
     "Grid",
     "ImageError",
+    "Knockout",
     "NamedArray",
     "Neurons",
     "Output",

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxvit import ViTConfig
+from jaxvit.model.params import abstract, to_params
 
 State = dict[str, np.ndarray]
 """Tensor name -> array, in PyTorch's orientation."""
@@ -92,7 +93,8 @@ def expected(config: ViTConfig, n: Mapping[str, np.ndarray]) -> State:
         params[f"blocks.{target}.bias"] = stack(f"{source}.bias")
     for name in ("norm1", "norm2"):
         params[f"blocks.{name}.scale"], params[f"blocks.{name}.bias"] = stack(f"{name}.weight"), stack(f"{name}.bias")
-    return params
+    shapes = to_params(abstract(config))  # where heads have axes of their own
+    return {name: a.reshape(shapes[name].shape) for name, a in params.items()}
 
 
 # Layouts --------------------------------------------------------------------------------------------------------------

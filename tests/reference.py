@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from scipy.special import erf
 
-from jaxvit import SITES, Edit, Relocate, Shuffle, Take
-from jaxvit.model.edits import check_edits, listed
+from jaxvit import SITES, Edit, Knockout, Relocate, Shuffle, Take
+from jaxvit.model.edits import check_edits, normalise_edits
 from jaxvit.model.params import to_params
 from jaxvit.model.sites import ATTENTION_SITES
 
@@ -44,7 +44,7 @@ def numpy_run(model, stream, change=lambda site, layer, x: None, start=0):
             return params[f"blocks.{name}"][layer]
 
         def linear(name, x, p=p):
-            return x @ p(f"{name}.kernel") + p(f"{name}.bias")
+            return x @ p(f"{name}.kernel").reshape(x.shape[-1], -1) + p(f"{name}.bias").ravel()
 
         def scale(name, p=p):
             return p(name) if c.layer_scale else 1
@@ -54,7 +54,8 @@ def numpy_run(model, stream, change=lambda site, layer, x: None, start=0):
         q, k, v = np.moveaxis(qkv.reshape(*x.shape[:2], 3, c.heads, c.head_size), 2, 0)
         q, k, v = tap("q", q), tap("k", k), tap("v", v)
         scores = tap("scores", np.einsum("BQHd,BTHd->BHQT", q, k) / np.sqrt(c.head_size))
-        weights = tap("weights", np.exp(scores - scores.max(-1, keepdims=True)))
+        top = scores.max(-1, keepdims=True)
+        weights = np.exp(scores - np.where(np.isneginf(top), 0, top))
         total = weights.sum(-1, keepdims=True)
         pattern = tap("pattern", np.divide(weights, total, out=np.zeros_like(weights), where=total != 0))
         z = tap("z", np.einsum("BHQT,BTHd->BQHd", pattern, v))
@@ -77,15 +78,19 @@ def numpy_run(model, stream, change=lambda site, layer, x: None, start=0):
 
 def meaning(model, edits):
     """What edits say, as a function for `numpy_run`."""
-    every, prefix = listed(edits), 1 + model.config.registers
+    every, prefix = normalise_edits(edits), 1 + model.config.registers
 
     def change(site, layer, x):
-        for edit in every.get(site, ()):
+        for edit in sorted(every.get(site, ()), key=lambda edit: isinstance(edit, Knockout)):  # these come last
             m = spelled_out(site, edit.mask, edit.mask_over, x.shape, layer, prefix)
             if "Q" in SITES[site] and edit.queries == "prefix":
                 m = np.array(np.broadcast_to(m, x.shape))
                 m[:, :, prefix:] = 0
-            x = (1 - m) * x + m * replacement(site, edit, x, layer, prefix)
+            if isinstance(edit, Knockout):
+                with np.errstate(divide="ignore"):
+                    x = x + np.log(1 - m)
+            else:
+                x = (1 - m) * x + m * replacement(site, edit, x, layer, prefix)
         return x
 
     return change
@@ -140,21 +145,27 @@ def kinds(model, site, program):
 @cache
 def kinds_of(config, site, program):
     edits = {"tokens": Edit(0.0, mask_over="tokens", value_over="tokens")}
+    if program == "tokens" and site == "scores":
+        edits["knockout"] = Knockout(0.0, mask_over="tokens")
     if program == "tokens" and site == "resid_post":
         edits["shuffle"] = Shuffle(0.0, np.tile(np.arange(BATCH), (config.depth, 1)))
     if program == "tokens" and site == "mlp_post":
         edits["relocate"] = Relocate(0.0, np.zeros((1, 1, config.registers + 2, 1)))
     if program == "groups":
-        edits = {"groups": Edit(0.0)}
+        edits = {"groups": Edit(0.0)} | ({"knockout": Knockout(0.0)} if site == "scores" else {})
     if program == "mixed":
         # Some axes of size 1, others of the mask than of the scale; and a mask over groups of values over tokens.
         edits = {"axes": Edit(0.0), "both": Edit(0.0, value_over="tokens")}
         if site in ATTENTION_SITES:
             edits["prefix groups"] = Edit(0.0, queries="prefix")
             edits["prefix tokens"] = Edit(0.0, mask_over="tokens", value_over="tokens", queries="prefix")
+        if site == "scores":
+            edits["knockout axes"] = Knockout(0.0)
+            edits["knockout prefix"] = Knockout(0.0, queries="prefix")
+            edits["knockout prefix tokens"] = Knockout(0.0, mask_over="tokens", queries="prefix")
     for kind, edit in edits.items():
         full = [sizes(config, edit, edit.mask_over)[axis] for axis in f"L {SITES[site]}".split()]
-        odd, even = ([1 if i % 2 == j and kind == "axes" else n for i, n in enumerate(full)] for j in (1, 0))
+        odd, even = ([1 if i % 2 == j and kind.endswith("axes") else n for i, n in enumerate(full)] for j in (1, 0))
         edits[kind] = replace(edit, mask=np.zeros(odd))
         if kind == "both":
             full = [sizes(config, edit, "tokens")[axis] for axis in f"L {SITES[site]}".split()]
@@ -186,9 +197,9 @@ def everything(model, chosen=None, program="tokens"):
 def in_full(model, edits):
     """The same edits with arrays of all axes, over tokens, as `everything` takes them."""
     known = sizes(model.config, Edit(0.0), "tokens") | {"P": model.prefix}
-    check_edits(listed(edits), known)
+    check_edits(normalise_edits(edits), known)
     chosen = {}
-    for site, each in listed(edits).items():
+    for site, each in normalise_edits(edits).items():
         shape = tuple(known[axis] for axis in SITES[site].split())
 
         def full(leaf, over, site=site, shape=shape):
@@ -197,11 +208,14 @@ def in_full(model, edits):
 
         for edit in each:
             kind, new = "shuffle" if isinstance(edit, Shuffle) else "relocate", edit
-            if isinstance(edit, Edit):
-                values = {"scale": full(edit.scale, edit.value_over), "shift": full(edit.shift, edit.value_over)}
+            if isinstance(edit, Edit | Knockout):
                 mask = full(edit.mask, edit.mask_over)
                 if site in ATTENTION_SITES and edit.queries == "prefix":
                     mask[:, :, :, model.prefix :] = 0
+            if isinstance(edit, Knockout):
+                kind, new = "knockout", Knockout(mask, mask_over="tokens")
+            elif isinstance(edit, Edit):
+                values = {"scale": full(edit.scale, edit.value_over), "shift": full(edit.shift, edit.value_over)}
                 kind, new = "tokens", Edit(mask, **values, mask_over="tokens", value_over="tokens")
             assert (site, kind) not in chosen
             chosen[site, kind] = new

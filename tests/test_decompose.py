@@ -12,7 +12,7 @@ import pytest
 from conftest import FAMILIES, random_images, random_model
 
 import jaxvit
-from jaxvit import Preprocess, Take, TokenLayout, ablate, amplify, knockout
+from jaxvit import Preprocess, Take, TokenLayout, ablate, amplify, each_layer, knockout, over_images
 from jaxvit.analysis.decompose import (
     accumulated_residual,
     attention_flow,
@@ -20,8 +20,6 @@ from jaxvit.analysis.decompose import (
     attention_parts,
     contributions,
     direct_contributions,
-    each_layer,
-    over_images,
     patch_maps,
     projection_shares,
     residual_parts,
@@ -71,9 +69,9 @@ def float64():
 
 def weights(model, layer):
     """W_o, b_o and gamma of one layer, as NumPy arrays."""
-    attention = model.blocks.attn
-    gamma = np.asarray(model.blocks.scale1.gamma[layer]) if model.config.layer_scale else np.ones(model.config.width)
-    return np.asarray(attention.proj.kernel[layer]), np.asarray(attention.proj.bias[layer]), gamma
+    proj, width = model.blocks.attn.proj, model.config.width
+    gamma = np.asarray(model.blocks.scale1.gamma[layer]) if model.config.layer_scale else np.ones(width)
+    return np.asarray(proj.kernel[layer]).reshape(width, width), np.asarray(proj.bias[layer]), gamma
 
 
 def naive_parts(model, layer, pattern, v, stage="layerscale"):
@@ -509,9 +507,9 @@ class TestOverImages:
             return model(images).cls
 
         model = random_model(self.config)
-        for _ in range(2):  # and the same measure not again
+        for _ in range(2):
             over_images(measure, model, jaxvit.stream(self.images, self.config, 3), progress=False)
-        assert traced == [(3, 20, 20, 3)]
+        assert traced == [(3, 20, 20, 3)] * 3  # once a call, to see what it computes, and once to compile it
 
     def test_shows_how_far_it_is(self, capfd):
         pytest.importorskip("tqdm")

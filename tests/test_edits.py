@@ -12,9 +12,9 @@ from conftest import FAMILIES, TINY, random_images, random_model
 from reference import BATCH, HEIGHT, WIDTH, everything, kinds, meaning, numpy_run, run_all
 
 import jaxvit
-from jaxvit import SITES, Edit, Relocate, Shuffle, Take, ViT, ViTConfig, merge, one_of
+from jaxvit import SITES, Edit, Knockout, Relocate, Shuffle, Take, ViT, ViTConfig, merge, one_of
 from jaxvit.model.attention import softmax
-from jaxvit.model.edits import Operation, listed
+from jaxvit.model.edits import Operation, normalise_edits
 from jaxvit.model.params import abstract, from_params, to_params
 from jaxvit.model.sites import ATTENTION_SITES
 from jaxvit.model.tap import Tap
@@ -91,6 +91,9 @@ def assert_close(actual, expected, tolerance=ROUNDING):
     for name, a in actual.items():
         a, b = np.asarray(a, np.float64), np.asarray(expected[name], np.float64)
         assert a.shape == b.shape, name
+        cut = np.isneginf(b)  # scores of keys that are knocked out
+        np.testing.assert_array_equal(np.isneginf(a), cut, err_msg=name)
+        a, b = a[~cut], b[~cut]
         if b.size:
             error = np.abs(a - b).max() / np.abs(b).max()
             assert error <= tolerance, (name, error)
@@ -111,8 +114,10 @@ def randomly(rng, edit, site):
         return replace(edit, mask=mask, order=rng.integers(BATCH, size=edit.order.shape))
     if isinstance(edit, Relocate):
         return replace(edit, mask=mask, to=rng.normal(size=edit.to.shape))
+    if isinstance(edit, Knockout):
+        return replace(edit, mask=mask)
     scale, shift = 1 + 0.5 * rng.normal(size=np.shape(edit.scale)), rng.normal(size=edit.shift.shape)
-    if site in ("weights", "pattern"):  # which are not negative
+    if site == "pattern":  # which is not negative
         scale, shift = np.abs(scale), np.abs(shift)
     return replace(edit, mask=mask, scale=scale, shift=shift)
 
@@ -123,7 +128,13 @@ def full_edit(mask, scale=0.0, shift=0.0):
 
 def run_with(model, images, edits):
     """A run with these edits over tokens, site -> edit; all such runs are one program."""
-    return run_all(model, images, everything(model, {(site, "tokens"): edit for site, edit in edits.items()}))
+    kinds = {Edit: "tokens", Knockout: "knockout"}
+    every = [(site, one) for site, edit in edits.items() for one in (edit if isinstance(edit, tuple) else (edit,))]
+    return run_all(model, images, everything(model, {(site, kinds[type(edit)]): edit for site, edit in every}))
+
+
+def cut_off(mask):
+    return Knockout(mask, mask_over="tokens")
 
 
 def zeros(model, site):
@@ -160,11 +171,20 @@ def test_neither_does_one_at_one_site_alone(site, queries):
     assert_close(run_blocks(model, stream, neutral), run_blocks(model, stream, {}), 3e-6)
 
 
+def only_recorded(tap, site, x):
+    if site in tap.wanted:
+        axis = 2 if site in ATTENTION_SITES else 1
+        tap.trace[site] = x if tap.wanted[site] else jax.lax.slice_in_dim(x, 0, tap.prefix, axis=axis)
+    return x
+
+
 @pytest.mark.parametrize("record", [(), "pattern"])
 def test_no_edits_cost_nothing(record, monkeypatch):
     model, images = abstract(FAMILIES["dinov2 with registers"]), jax.ShapeDtypeStruct((2, 24, 16, 3), jnp.float32)
 
     def text(*edits):
+        jax.clear_caches()  # of the call inside, which is compiled by itself
+
         def forward(model, images):
             return model(images, *edits, record=record)
 
@@ -174,7 +194,8 @@ def test_no_edits_cost_nothing(record, monkeypatch):
     assert text(None) == text({}) == text({"z": ()}) == expected
     assert text({"z": Edit(0.0)}) != expected
     # And it is that of a model without any code for edits.
-    monkeypatch.setattr(Tap, "edited", lambda self, site, x: x)
+    monkeypatch.setattr(Tap, "knockout_factor", lambda self, first, tokens: None)
+    monkeypatch.setattr(Tap, "__call__", only_recorded)
     assert text({"z": Edit(1.0)}) == text() == expected
     assert "is_finite" not in expected
 
@@ -244,7 +265,7 @@ def test_an_edit_of_one_entry_changes_that_entry_and_what_comes_after(exact, ima
         image = entry[1]
         last = entry[0] == exact.config.depth - 1 and site in ("resid_post", "skip_mlp", "mlp_out")
         changed = out.tokens[image] != clean.tokens[image]
-        assert changed.any() if last or site in ("q", "scores", "weights", "pattern") else changed.sum() > 1, site
+        assert changed.any() if last or site in ("q", "scores", "pattern") else changed.sum() > 1, site
 
 
 def test_patching_a_run_with_its_own_activations_is_the_run(exact, images):
@@ -281,11 +302,11 @@ def test_the_residual_stream_adds_up_under_edits_of_its_parts(exact, images):
 
 
 def test_zeroing_a_head_is_zeroing_its_rows_of_the_output_matrix(exact, images):
-    d, params = exact.config.head_size, to_params(exact)
+    params = to_params(exact)
     for head in range(exact.config.heads):
         mask = zeros(exact, "z")
         mask[:, :, :, head] = 1
-        without = params["blocks.attn.proj.kernel"].at[:, head * d : (head + 1) * d].set(0)
+        without = params["blocks.attn.proj.kernel"].at[:, head].set(0)
         cut = from_params(exact.config, params | {"blocks.attn.proj.kernel": without})
         expected = run_with(cut, images, {})
         out = run_with(exact, images, {"z": full_edit(mask)})
@@ -300,12 +321,12 @@ def test_zeroing_a_head_is_zeroing_its_rows_of_the_output_matrix(exact, images):
 
 def cuts(model, seed=0):
     """A random mask over attention, with one whole row and one whole column in every head."""
-    mask = np.random.default_rng(seed).choice([0.0, 1.0], size=zeros(model, "weights").shape)
+    mask = np.random.default_rng(seed).choice([0.0, 1.0], size=zeros(model, "scores").shape)
     mask[:, :, :, 1], mask[..., 2] = 1, 1
     return mask
 
 
-def test_cutting_weights_is_zeroing_the_pattern_and_dividing_by_its_sum(exact, images):
+def test_a_knockout_is_zeroing_the_pattern_and_dividing_by_its_sum(exact, images):
     mask, stream = cuts(exact), run_with(exact, images, {}).trace["resid_pre"][0]
 
     def change(site, layer, x):
@@ -314,8 +335,11 @@ def test_cutting_weights_is_zeroing_the_pattern_and_dividing_by_its_sum(exact, i
             total = x.sum(-1, keepdims=True)
             np.divide(x, total, out=x, where=total != 0)
 
-    out, expected = run_with(exact, images, {"weights": full_edit(mask)}), numpy_run(exact, stream, change)
-    assert_close(out._replace(trace={site: a for site, a in out.trace.items() if site != "weights"}), expected)
+    out, expected = run_with(exact, images, {"scores": cut_off(mask)}), numpy_run(exact, stream, change)
+    assert_close(out._replace(trace={site: a for site, a in out.trace.items() if site != "scores"}), expected)
+    cut, clean = out.trace["scores"][0], run_with(exact, images, {}).trace["scores"][0]
+    assert (cut[mask[0] == 1] == -np.inf).all()
+    np.testing.assert_array_equal(cut[mask[0] == 0], clean[mask[0] == 0])
     # The same by way of the scores.
     lowest = run_with(exact, images, {"scores": full_edit(mask, 0.0, -np.inf)})
     assert_close({site: lowest.trace[site] for site in ("pattern", "z", "resid_post")} | {"cls": lowest.cls}, out)
@@ -332,21 +356,21 @@ def test_cutting_the_pattern_leaves_the_rest_of_a_row(exact, images):
 
 
 def test_a_row_without_any_key_is_zeros(exact, images):
-    rows = zeros(exact, "weights")
+    rows = zeros(exact, "scores")
     rows[:, :, :, 2] = 1
     for edits in (
-        {"weights": full_edit(rows)},
+        {"scores": cut_off(rows)},
         {"scores": full_edit(rows, 0.0, -np.inf)},
         {"scores": full_edit(rows, 1.0, -np.inf)},
-        {"scores": full_edit(rows, 0.0, -np.inf), "weights": full_edit(rows)},
+        {"scores": (full_edit(rows, 0.0, -np.inf), cut_off(rows))},
     ):
         out = run_with(exact, images, edits)
         assert (out.trace["pattern"][:, :, :, 2] == 0).all() and (out.trace["z"][:, :, 2] == 0).all()
         assert (out.trace["pattern"][:, :, :, 1].sum(-1) > 0.999).all()
         assert all(jnp.isfinite(a).all() for name, a in parts(out).items() if name != "scores")
-    nothing = run_with(exact, images, {"weights": full_edit(1.0)})
+    nothing = run_with(exact, images, {"scores": cut_off(1.0)})
     assert (nothing.trace["z"] == 0).all()
-    assert all(jnp.isfinite(a).all() for a in parts(nothing).values())
+    assert all(jnp.isfinite(a).all() for name, a in parts(nothing).items() if name != "scores")
 
 
 def test_removing_registers_by_their_columns_is_a_model_without_them(exact, images):
@@ -355,15 +379,16 @@ def test_removing_registers_by_their_columns_is_a_model_without_them(exact, imag
         return
     params = to_params(exact)
     without = from_params(replace(c, registers=0), {name: a for name, a in params.items() if name != "registers"})
-    mask = zeros(exact, "weights")
+    mask = zeros(exact, "scores")
     mask[..., 1 : exact.prefix] = 1
-    out, expected = run_with(exact, images, {"weights": full_edit(mask)}), run_plain(without, images)
+    out, expected = run_with(exact, images, {"scores": cut_off(mask)}), run_plain(without, images)
     assert_close([out.cls, out.patches], [expected.cls, expected.patches])
 
 
 @jax.jit
 def softmax_with(scores, edit):
-    return softmax(scores, Tap({}, {"weights": (edit,)}, prefix=1))
+    rows, keys = scores.shape[2:]
+    return softmax(scores, np.arange(rows), Tap({}, {"scores": (edit,)}, prefix=1).knockout_factor(0, keys))
 
 
 @jax.jit
@@ -378,25 +403,22 @@ def test_a_key_that_is_cut_may_be_far_above_the_others():
     mask = np.zeros((1, 1, 1, 5), np.float32)
     mask[..., 2] = 1
     for height in (-200.0, 0.0, 80.0, 200.0, 1e30):
-        pattern = softmax_with(scores + height * mask, full_edit(mask))
+        pattern = softmax_with(scores + height * mask, cut_off(mask))
         others = np.delete(np.arange(5), 2)
         np.testing.assert_allclose(pattern[..., others], jax.nn.softmax(scores[..., others], -1), rtol=1e-6)
         assert (pattern[..., 2] == 0).all()
-        gradients = slopes_of_softmax(scores + height * mask, full_edit(mask))
+        gradients = slopes_of_softmax(scores + height * mask, cut_off(mask))
         assert all(jnp.isfinite(a).all() for a in jax.tree.leaves(gradients))
 
 
 @pytest.mark.usefixtures("float64")
-def test_weights_are_relative_to_the_largest_score_that_is_not_cut():
+@pytest.mark.parametrize("m", [0.25, 0.5, 0.999])
+def test_a_fraction_of_a_knockout_weakens_a_key(m):
     scores = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 5, 5)))
     mask = np.zeros((1, 1, 1, 5))
-    mask[..., 2] = 1
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    # Whatever is not 0 for every weight is no cut: also what maps 1 to 0.
-    for m, scale, shift in [(1, 1, -1), (1, 0, 0.3), (0.5, 0, 0), (0.5, -1, 0), (1, -2, 2)]:
-        expected = weights * (1 - m * mask) + m * mask * (scale * weights + shift)
-        expected /= expected.sum(-1, keepdims=True)
-        np.testing.assert_allclose(softmax_with(scores, full_edit(m * mask, scale, shift)), expected, rtol=1e-13)
+    mask[..., 2] = m
+    expected = jax.nn.softmax(scores + np.log(1 - mask), axis=-1)
+    np.testing.assert_allclose(softmax_with(scores, cut_off(mask)), expected, rtol=1e-13)
 
 
 @pytest.mark.usefixtures("float64")
@@ -408,7 +430,7 @@ def test_the_gradient_of_the_mask_is_right_where_a_key_is_cut(height):
 
     @jax.jit
     def value(m):
-        return (softmax_with(scores, full_edit(m * np.eye(5)[None, None, 2:3])) * v).sum()
+        return (softmax_with(scores, cut_off(m * np.eye(5)[None, None, 2:3])) * v).sum()
 
     # d/dm of ((1 - m) w a + sum of the others) / ((1 - m) w + their sum), at m = 1.
     w = np.exp(np.asarray(scores))
@@ -449,12 +471,17 @@ def test_the_program_does_not_grow_with_depth():
     assert lines(2) == lines(40)
 
 
-SOME = ("weights", "z", "resid_post")
+SOME = ("scores", "z", "resid_post")
 
 
 def some_edits(model, seed=0, sites=SOME):
     rng = np.random.default_rng(seed)
-    return {site: randomly(rng, kinds(model, site, "groups")["groups"], site) for site in sites}
+    return {site: randomly(rng, group_edit(model, site), site) for site in sites}
+
+
+def group_edit(model, site):
+    """One edit over groups that changes nothing; at the scores a knock-out."""
+    return kinds(model, site, "groups")["knockout" if site == "scores" else "groups"]
 
 
 def stacked(*trees):
@@ -523,11 +550,11 @@ def inner(a, b):
     return sum((x * y).sum() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-SMOOTH = ("weights", "pattern", "z", "mlp_post", "resid_post")
+SMOOTH = ("scores", "pattern", "z", "mlp_post", "resid_post")
 
 
 def one_each(model):
-    return {site: kinds(model, site, "groups")["groups"] for site in SMOOTH}
+    return {site: group_edit(model, site) for site in SMOOTH}
 
 
 @pytest.mark.parametrize("at", ["mask 0", "any mask"])
@@ -535,16 +562,15 @@ def test_gradients_equal_finite_differences(one, images, at):
     rng, blank = np.random.default_rng(0), one_each(one)
     edits = {site: randomly(rng, edit, site) for site, edit in blank.items()}
     names = ("mask", "scale", "shift")
-    # Weights that do not shrink with the others bend where another score becomes the largest: see the test below.
-    edits["weights"] = replace(edits["weights"], shift=blank["weights"].shift)
     if at == "mask 0":
         edits, names = {site: replace(edit, mask=np.zeros_like(edit.mask)) for site, edit in edits.items()}, ("mask",)
+    else:  # fractions: a finite step from 1 would go beyond what a knock-out can cut
+        edits["scores"] = replace(edits["scores"], mask=edits["scores"].mask * 0.7)
     by_image, by_edit = slopes(one, images, edits)
     still = np.zeros(images.shape)
     for site in SMOOTH:
-        direction = {name: rng.normal(size=getattr(blank[site], name).shape) for name in names}
-        if site == "weights":
-            direction |= {"shift": blank[site].shift}
+        of_site = [name for name in names if hasattr(blank[site], name)]
+        direction = {name: rng.normal(size=getattr(blank[site], name).shape) for name in of_site}
         direction = blank | {site: replace(blank[site], **direction)}
         slope = inner(by_edit, direction)
         assert abs(slope) > 1e-4, site
@@ -555,29 +581,11 @@ def test_gradients_equal_finite_differences(one, images, at):
 
 def test_gradients_are_finite_through_rows_without_any_key(one, images):
     blank = one_each(one)
-    shape = blank["weights"].mask.shape
+    shape = blank["scores"].mask.shape
     for rows in (np.ones(shape), np.broadcast_to(np.eye(shape[-1])[1][:, None], shape)):
-        gradients = slopes(one, images, blank | {"weights": replace(blank["weights"], mask=rows)})
+        gradients = slopes(one, images, blank | {"scores": replace(blank["scores"], mask=rows)})
         assert all(jnp.isfinite(a).all() for a in jax.tree.leaves(gradients))
         assert (gradients[0] != 0).any()
-
-
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("m", [0.0, 0.6, 1.0])
-def test_gradients_are_right_where_weights_are_replaced(m):
-    # Then the largest score, which is subtracted from the others, does not cancel.
-    rng = np.random.default_rng(0)
-    scores, v, d = (jnp.asarray(rng.normal(size=(1, 1, 4, 5))) for _ in range(3))
-    mask, one = m * np.eye(5)[None, None, 2:3], np.eye(5)[None, None, 2:3]
-
-    @jax.jit
-    def value(step):
-        return (softmax_with(scores + step[0] * d, full_edit(mask + step[1] * one, 0.0, 0.4)) * v).sum()
-
-    h, slopes = 1e-6, jax.grad(value)(np.zeros(2))
-    for slope, step in zip(slopes, np.eye(2) * h, strict=True):
-        assert abs(slope) > 1e-3
-        np.testing.assert_allclose(slope, (value(step) - value(-step)) / (2 * h), rtol=1e-8)
 
 
 # --- NaN and infinity
@@ -613,8 +621,7 @@ def test_what_is_not_finite_inside_of_the_mask_stays_in_its_image(one, images, s
     [
         ("q", "scores"),
         ("k", "pattern"),
-        ("scores", "weights"),
-        ("weights", "pattern"),
+        ("scores", "pattern"),
         ("v", "z"),
         ("z", "attn_out"),
         ("attn_out", "resid_mid"),
@@ -853,7 +860,9 @@ def test_wrong_edits_are_described(edits, words):
     ],
 )
 def test_what_is_no_edit_is_refused(edits, words):
-    plain = getattr(listed, "__wrapped__", listed)  # without the run-time types, which would speak first
+    plain = getattr(
+        normalise_edits, "__wrapped__", normalise_edits
+    )  # without the run-time types, which would speak first
     with pytest.raises(ValueError, match=words):
         plain(edits)
 

@@ -40,7 +40,7 @@ BASE = dict(depth=2, width=64, heads=2, hidden=128, patch=4, grid=(4, 4))
 DINOV2 = dict(BASE, hidden=256)
 DINOV3 = dict(BASE, registers=3, positions=False, eps=1e-5)
 PLAIN = dict(BASE, layer_scale=False)
-CLIP = dict(PLAIN, mlp="quick_gelu", pre_norm=True, patch_bias=False, head_bias=False, eps=1e-5)
+CLIP = dict(PLAIN, mlp="quick_gelu", pre_norm=True, patch_bias=False, eps=1e-5)
 CONFIGS = {
     "dinov2": ViTConfig(**dict(DINOV2, heads=1, patch=14)),
     "dinov2 registers": ViTConfig(**dict(DINOV2, hidden=176), mlp="swiglu", registers=3),
@@ -56,7 +56,7 @@ CONFIGS = {
     "dino": ViTConfig(**PLAIN),
     "ibot": ViTConfig(**BASE, pool="mean", final_norm="pooled"),
     "distilled": ViTConfig(**PLAIN, registers=1, pool="distilled", classes=5),
-    "clip": ViTConfig(**CLIP, classes=9),
+    "clip": ViTConfig(**CLIP, projection=9),
     "clip without projection": ViTConfig(**dict(CLIP, mlp="gelu")),
     "registers, no class token": ViTConfig(**BASE, cls=False, registers=4, pool="mean", final_norm="pooled"),
     "siglip": ViTConfig(
@@ -89,8 +89,8 @@ def model_of(name):
     if model.config.rope is None or not model.config.qkv_bias:
         return model
     params = to_params(model)
-    bias = params["blocks.attn.qkv.bias"].reshape(2, 3, -1) * jnp.array([[[1.0], [0.0], [1.0]]])
-    return from_params(model.config, params | {"blocks.attn.qkv.bias": bias.reshape(2, -1)})
+    bias = params["blocks.attn.qkv.bias"] * jnp.array([1.0, 0.0, 1.0])[None, :, None, None]
+    return from_params(model.config, params | {"blocks.attn.qkv.bias": bias})
 
 
 @cache
@@ -108,7 +108,7 @@ def values_of(name):
 
 
 def timm_module(name, path):
-    c = replace(CONFIGS[name], head_bias=True)  # timm's heads have one
+    c = CONFIGS[name]
     if c.rope:
         module = build_dinov3_timm(c, gates=2)
     else:
@@ -155,7 +155,9 @@ def test_the_original_loads_it_and_runs_equal(layout, name, tmp_path):
     added = params.keys() - wanted.keys()
     assert all(np.array_equal(params[key], wanted[key]) for key in wanted)
     assert added <= {"head.linear.bias"} and not any(params[key].any() for key in added)
-    same = dict(resampling="bicubic", preprocess=model.config.preprocess, head_bias=True)
+    same = dict(resampling="bicubic", preprocess=model.config.preprocess)
+    if layout == "timm":  # where a projection is a classifier
+        same |= dict(classes=model.config.classes or model.config.projection, projection=0)
     same |= {} if model.config.positions else {"grid": (4, 4)}
     assert replace(again.config, **same) == replace(model.config, **same)
 
@@ -205,11 +207,11 @@ def test_half_precision_stays(tmp_path):
 
 
 def test_zero_biases_come_and_go():
-    """CLIP has no bias in its head, timm has: the zeros that go there come back as none."""
+    """A CLIP's projection has no bias, timm's head has: the zeros that go there come back as none."""
     clip = model_of("clip")
     by_timm = state_dict(clip, "timm")
     assert by_timm["head.bias"].shape == (9,) and not by_timm["head.bias"].any()
-    config = replace(clip.config, head_bias=True)
+    config = replace(clip.config, classes=9, projection=0)
     biased = from_params(config, to_params(clip) | {"head.linear.bias": jnp.zeros(9)})
     for layout in LAYOUTS:
         one, other = state_dict(clip, layout), state_dict(biased, layout)

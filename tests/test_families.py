@@ -40,9 +40,7 @@ from jaxvit.model.positions import rope_periods
 
 TINY = dict(depth=2, width=128, heads=2, hidden=512, patch=4, grid=(4, 4))
 PLAIN = ViTConfig(**TINY, layer_scale=False)
-CLIP = ViTConfig(
-    **TINY, mlp="quick_gelu", layer_scale=False, patch_bias=False, pre_norm=True, eps=1e-5, classes=9, head_bias=False
-)
+CLIP = ViTConfig(**TINY, mlp="quick_gelu", layer_scale=False, patch_bias=False, pre_norm=True, eps=1e-5, projection=9)
 DINOV3 = ViTConfig(**TINY, registers=3, positions=False, rope="float32", eps=1e-5)
 GATED = replace(DINOV3, mlp="swiglu", qkv_bias=False)
 DEIT3 = ViTConfig(**TINY, classes=10)
@@ -93,7 +91,7 @@ def ibot():
 
 def openai(archive=True):
     """The names of OpenAI's archive and of OpenCLIP's files, in half precision, with the text side beside."""
-    state = state_of(randomise(build_timm(replace(CLIP, head_bias=True), positioned=True)))
+    state = state_of(randomise(build_timm(CLIP, positioned=True)))
     state["proj"] = state.pop("head.weight").T
     del state["head.bias"]
     state["class_embedding"] = state.pop("cls_token")[0, 0]
@@ -192,7 +190,7 @@ def assert_equal(model, original, sizes=((4, 4), (2, 8), (8, 2))):
         images = random_images(model, Size(rows * p, columns * p), seed=seed, tokens=500)
         found = compare(model, original, images, defaults=False)
         assert {"resid_pre", "q", "k", "pattern", "final", "pooled"} <= set(found.float64)
-        assert ("logits" in found.float64) == (model.config.classes > 0)
+        assert ("head" in found.float64) == (model.config.classes + model.config.projection > 0)
         assert found.worst64() <= 1e-10, found.float64
         ratios.append(np.concatenate([found.ratios()[site] for site in FLOAT32_SITES]))
     assert len(ratios) == 3 and np.median(ratios, axis=0).max() <= 2, ratios
@@ -233,7 +231,7 @@ def test_open_clip(quick):
         run = jax.jit(lambda model, images: model(images, record="resid_post"))
         out = run(jaxvit.cast(model, "float64"), jnp.asarray(images, jnp.float64))
     np.testing.assert_allclose(out.trace["resid_post"], np.stack(stream), rtol=0, atol=1e-12)
-    np.testing.assert_allclose(out.logits, projected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(out.projection, projected, rtol=0, atol=1e-12)
 
 
 def test_teacher_or_student():

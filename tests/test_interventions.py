@@ -185,7 +185,7 @@ def test_there_are_many_ways_to_say_an_index(model, style):
             others = tuple(a for a in range(5) if a != axis)
             np.testing.assert_array_equal(np.asarray(mask).min(axis=others), np.eye(n)[i])
     for axis, name in ((3, "query"), (4, "key")):
-        mask = knockout(model, **{name: STYLES[style](2, 5)})["weights"].mask
+        mask = knockout(model, **{name: STYLES[style](2, 5)})["scores"].mask
         np.testing.assert_array_equal(np.ravel(mask[0]), np.eye(5)[2])
         assert mask.shape[axis] == 5 and mask.shape[7 - axis] == 1
     mask = ablate(model, "z", tokens=Positions(STYLES[style](9, T), LAYOUT))["z"].mask
@@ -199,7 +199,7 @@ def test_traced_selections_are_those_of_numbers(model):
             ablate(model, "z", layers=layer, heads=heads)["z"].mask,
             ablate(model, "z", layers=[layer, 0], tokens=group)["z"].mask,
             ablate(model, "z", heads=weights)["z"].mask,
-            knockout(model, query=group, key=[layer, "cls"])["weights"].mask,
+            knockout(model, query=group, key=[layer, "cls"])["scores"].mask,
             ablate(model, "q", tokens=Positions(group, LAYOUT))["q"].mask,
         ]
 
@@ -210,7 +210,7 @@ def test_traced_selections_are_those_of_numbers(model):
             ablate(model, "z", layers=layer, heads=[0, 3])["z"].mask,
             ablate(model, "z", layers=(0, layer), tokens=group)["z"].mask,
             ablate(model, "z", heads=weights)["z"].mask,
-            knockout(model, query=group, key=(0, layer % 5))["weights"].mask,
+            knockout(model, query=group, key=(0, layer % 5))["scores"].mask,
             ablate(model, "q", tokens=Positions(group, LAYOUT))["q"].mask,
         ]
         for a, b in zip(found, expected, strict=True):
@@ -271,8 +271,8 @@ def test_a_knockout_divides_what_is_left_of_a_row_and_zero_attention_does_not(
     model, images, where, layers, heads, query, key, queries
 ):
     edits = knockout(model, **where)
-    assert edits["weights"].queries == queries
-    assert_does(model, images, edits, cut(layers, heads, query, key, True), but=("weights",))
+    assert edits["scores"].queries == queries
+    assert_does(model, images, edits, cut(layers, heads, query, key, True), but=("scores",))
     edits = zero_attention(model, **where)
     assert edits["pattern"].queries == queries
     assert_does(model, images, edits, cut(layers, heads, query, key, False))
@@ -280,10 +280,10 @@ def test_a_knockout_divides_what_is_left_of_a_row_and_zero_attention_does_not(
 
 def test_removed_registers_are_not_attended_to(model, images):
     edits = remove_registers(model)
-    assert_does(model, images, edits, cut(ALL, HEADS, np.s_[:], np.s_[1:P], True), but=("weights",))
+    assert_does(model, images, edits, cut(ALL, HEADS, np.s_[:], np.s_[1:P], True), but=("scores",))
     for which, columns in (("register 2", [2]), (2, [2]), ((1, 3), [1, 3]), (["register 1", 3], [1, 3])):
         edits = remove_registers(model, which)
-        assert_does(model, images, edits, cut(ALL, HEADS, np.s_[:], columns, True), but=("weights",))
+        assert_does(model, images, edits, cut(ALL, HEADS, np.s_[:], columns, True), but=("scores",))
 
 
 @pytest.mark.parametrize("family", ["dinov2 with registers", "dinov2 giant with registers"])
@@ -612,12 +612,12 @@ def test_other_numbers_compile_nothing(model, images):
 
 def test_what_meets_is_known_inside_of_a_compiled_function(model):
     def both(query):
-        return merge(knockout(model, query="cls", key="registers"), knockout(model, query=query, key="registers"))
+        return merge(*(zero_attention(model, query=q, key="registers") for q in ("cls", query)))
 
-    masks = jax.eval_shape(lambda: [edit.mask for edit in both("patches")["weights"]])
+    masks = jax.eval_shape(lambda: [edit.mask for edit in both("patches")["pattern"]])
     assert [mask.shape for mask in masks] == [(3, 1, 1, 5, 5)] * 2
-    with pytest.raises(ValueError, match="two edits at 'weights' change the same values"):
-        jax.eval_shape(lambda: both("cls")["weights"][0].mask)
+    with pytest.raises(ValueError, match="two edits at 'pattern' change the same values"):
+        jax.eval_shape(lambda: both("cls")["pattern"][0].mask)
 
 
 # --- errors

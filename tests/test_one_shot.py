@@ -324,13 +324,12 @@ def patches_alone_tell() -> ViT:
     model = random_model(CONFIG)
     params = dict(to_params(model))
     gamma, qkv, bias = (params[f"blocks.{name}"] for name in ("scale1.gamma", "attn.qkv.kernel", "attn.qkv.bias"))
-    D = CONFIG.width
     return from_params(
         CONFIG,
         params
         | {
             "blocks.scale1.gamma": gamma.at[:-1].set(0.0),
-            "blocks.attn.qkv.kernel": qkv.at[-1, :, : 2 * D].set(0.0),
+            "blocks.attn.qkv.kernel": qkv.at[-1, :, :2].set(0.0),
             "blocks.attn.qkv.bias": bias.at[-1].set(0.0),
             # The constant part is small beside that of the patches.
             "registers": 0.01 * params["registers"],

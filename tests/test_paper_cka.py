@@ -100,7 +100,7 @@ def weights(model, layer=-1):
     """W_o [H d, D], its bias and LayerScale of a layer."""
     block = jax.tree.map(lambda a: np.asarray(a[layer]), model.blocks)
     gamma = block.scale1.gamma[...] if model.config.layer_scale else np.ones(model.config.width)
-    return block.attn.proj.kernel[...], block.attn.proj.bias[...], gamma
+    return block.attn.proj.kernel[...].reshape(model.config.width, -1), block.attn.proj.bias[...], gamma
 
 
 def z_by_hand(model, run, source, layer=-1):

@@ -128,9 +128,9 @@ def test_a1_masses_sum_to_one(model):
 def register_watcher():
     """One block, whose queries are constant and whose keys are long where channel 0 is: in the registers alone."""
     config = ViTConfig(**TINY | dict(depth=1), registers=3)
-    D = config.width
-    kernel, bias = np.zeros((1, D, 3 * D)), np.zeros((1, 3 * D))
-    kernel[0, 0, D : 2 * D], bias[0, :D] = 10, 10
+    D, H = config.width, config.heads
+    kernel, bias = np.zeros((1, D, 3, H, D // H)), np.zeros((1, 3, H, D // H))
+    kernel[0, 0, 1], bias[0, 0] = 10, 10
     return changed(
         random_model(config),
         registers=lambda a: np.where(np.arange(D) == 0, 100.0, a),

@@ -30,7 +30,7 @@ from jaxvit.model.positions import rope_periods
 
 BASE = dict(depth=2, width=64, heads=2, hidden=128, patch=4, grid=(4, 4))
 DINOV3 = dict(**BASE, registers=3, positions=False, rope="float32", eps=1e-5)
-CLIP = dict(classes=9, pre_norm=True, patch_bias=False, head_bias=False, eps=1e-5, layer_scale=False)
+CLIP = dict(projection=9, pre_norm=True, patch_bias=False, eps=1e-5, layer_scale=False)
 TIMM = dict(img_size=16, patch_size=4, embed_dim=64, depth=2, num_heads=2)
 
 

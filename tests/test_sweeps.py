@@ -14,7 +14,7 @@ import pytest
 from conftest import FAMILIES, random_images, random_model
 
 import jaxvit
-from jaxvit import ActivationStats, Batch, Edit, Grid, Positions, Shuffle, Take, attribute, grids, sweep
+from jaxvit import ActivationStats, Batch, Edit, Grid, Knockout, Positions, Shuffle, Take, attribute, grids, sweep
 from jaxvit.interventions import sweeps
 from jaxvit.interventions.constructors import (
     ablate,
@@ -233,7 +233,7 @@ def test_batches_of_one_size_are_one_program(one, images, heads, capsys):
 
     parts = [images[:1], np.asarray(images[1:2]), images[2:]]
     assert_close(sweep(one, parts, traced, grid, metric, progress=False), expected)
-    assert len(count) == 1
+    assert len(count) == 2  # traced to tell programs apart, and to compile
     assert capsys.readouterr() == ("", "")
 
 
@@ -305,7 +305,7 @@ class Spy:
 
     def __init__(self, monkeypatch, spoil=False):
         self.starts, self.points, self.live, self.programs = [], [], [], []
-        of = sweeps._Programs.of
+        of = sweeps._sweep_programs
 
         def spied(*args):
             programs = of(*args)
@@ -320,7 +320,7 @@ class Spy:
 
             return programs._replace(run=call)
 
-        monkeypatch.setattr(sweeps._Programs, "of", spied)
+        monkeypatch.setattr(sweeps, "_sweep_programs", spied)
 
 
 def spoiled(model, start):
@@ -414,7 +414,9 @@ def test_a_thousand_points_are_one_program_and_take_no_more_memory_than_ten(monk
         traces.clear(), spy.live.clear(), spy.starts.clear()
     few, many = found
     assert len(grid) == 1056 and (few[3], many[3]) == (3, 132)
-    assert many[0] == few[0] and many[0].count("metric") == 1 and many[0].count("edits") == 2
+    # Traced once a sweep, to see whether they are what they were; once a program; and once more for more points' layers.
+    assert [few[0].count(name) for name in ("metric", "edits")] == [2, 3]
+    assert [many[0].count(name) for name in ("metric", "edits")] == [1, 2]
     assert {np.shape(numbers) for points in spy.points for numbers in points.values()} == {(8,)}
     assert many[1] - few[1] <= 8 * 1056  # each point's first layer; all edits of a point are 30,000 bytes
     assert many[2] - few[2] <= 3 * 8 * 1056  # the points, one after another, and nothing made of them
@@ -442,7 +444,7 @@ def derivative(model, images, edits, clean, metric=summary):
     def at(t):
         scaled = {
             site: tuple(replace(e, mask=jnp.asarray(e.mask) * t) for e in each)
-            for site, each in jaxvit.model.edits.listed(edits).items()
+            for site, each in jaxvit.model.edits.normalise_edits(edits).items()
         }
         return metric(model(images, scaled), clean)
 
@@ -475,7 +477,7 @@ def slopes(one, images, layout, clean):
         heads, before, after, tokens = (masks[name] for name in ("heads", "before", "after", "tokens"))
         edits = {
             "z": Edit(heads[:, None, None, :, None]),
-            "weights": Edit(before[:, None, None]),
+            "scores": Knockout(before[:, None, None]),
             "pattern": Edit(after[:, None, None]),
             SITE: Edit(tokens[:, None, :, None], shift=donors, mask_over="tokens", value_over="tokens"),
         }

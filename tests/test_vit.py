@@ -15,11 +15,13 @@ from conftest import FAMILIES, TINY, random_images, random_model
 from flax import nnx
 
 import jaxvit
-from jaxvit import SITES, Take, ViT, ViTConfig
+from jaxvit import SITES, Knockout, Take, ViT, ViTConfig
 from jaxvit.model import attention
 from jaxvit.model.layers import PlainMlp
 from jaxvit.model.params import abstract, from_params, to_params
+from jaxvit.model.positions import resample_positions
 from jaxvit.model.sites import ATTENTION_SITES
+from jaxvit.model.tap import Tap
 
 HEIGHT, WIDTH = 24, 16  # 6 x 4 patches: another grid than the positions', and not square
 BATCH = 2
@@ -101,7 +103,7 @@ def test_outputs_are_the_final_norm_of_the_tokens(model, images):
 
 def test_images_become_tokens_patch_by_patch_in_row_major_order(model, images):
     c = model.config
-    positions = jaxvit.positions.resample_positions(model.positions[...], (6, 4), c.resampling)
+    positions = resample_positions(model.positions[...], (6, 4), c.resampling)
     bias = model.patch_embed.bias[...] if c.patch_bias else jnp.zeros(c.width)
     if c.pre_norm:
         after, norm = jax.jit(ViT.embed)(model, images), model.pre_norm
@@ -233,15 +235,17 @@ def test_by_default_attention_is_taken_of_the_prefix_and_the_rest_of_all_tokens(
     assert_close(out.trace["z"][:, :, : z.shape[2]], z, 1e-6)
 
 
-def test_take_layers_come_in_order_of_depth(one, images):
+def test_the_leading_axis_of_a_trace_follows_the_layers_asked_for(one, images):
     asked = {
         "resid_pre": (None, [0, 1, 2]),
         "q": (0, [0]),
         "k": (-1, [2]),
         "v": ((0, 2), [0, 2]),
-        "pattern": ((2, 0), [0, 2]),
-        "z": ((1, 1, -2), [1]),
-        "attn_out": ((-1, -3), [0, 2]),
+        "pattern": ((2, 0), [2, 0]),
+        "z": ((1, 1, -2), [1, 1, 1]),
+        "attn_out": ((-1, -3), [2, 0]),
+        "mlp_post": (range(2, 0, -1), [2, 1]),
+        "mlp_out": (np.array([1, 2, 0]), [1, 2, 0]),
         "mlp_pre": ((), []),
     }
     out = run(one, images, tuple((site, Take(layers=layers)) for site, (layers, _) in asked.items()))
@@ -501,8 +505,8 @@ def test_wrong_records_are_described(record, words, images):
 @pytest.mark.parametrize(
     ("layer", "record", "words"),
     [
-        (4, (), ["layer 4", "3 layers"]),
-        (-1, (), ["layer -1", "3 layers"]),
+        (4, (), ["layers 4 to", "3 layers"]),
+        (-1, (), ["layers -1", "3 layers"]),
         (2, {"q": Take(layers=1)}, ["'q'", "layer 1", "2 to 2"]),
         (1, {"q": Take(layers=-3)}, ["'q'", "layer -3", "1 to 2"]),
     ],
@@ -550,22 +554,22 @@ def test_models_are_plain_trees_whatever_the_mode_of_flax():
     assert "ran to the end" in done.stdout
 
 
-@pytest.mark.parametrize("rows", [1, 5, 24])
-def test_attention_in_pieces_is_attention(rows, monkeypatch):
+@pytest.mark.parametrize("blocks", [2, 5, 23])
+def test_attention_in_blocks_of_rows_is_attention(blocks, monkeypatch):
     """On a CPU, long sequences are attended to some rows at a time: the same values and gradients."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 24, 3, 8)), jnp.float32) for _ in range(3))
-    q = q[:, 1:]  # 23 rows, which some pieces do not divide
+    q = q[:, 1:]  # 23 rows, which some blocks do not divide
+    mask = jnp.asarray(rng.choice([0.0, 0.5, 1.0], size=(1, 3, 24, 24)), jnp.float32)
 
-    def run(q, k, v):
-        return jax.jit(jax.value_and_grad(lambda *qkv: (attention.fused_attention(*qkv) ** 2).sum(), (0, 1, 2)))(
-            q, k, v
-        )
+    def run(q, k, v, mask):
+        def total(q, k, v, mask):
+            cut = Tap({}, {"scores": (Knockout(mask, mask_over="tokens"),)}, 1).knockout_factor(1, 24)
+            plain, edited = (attention.fused_attention(q, k, v, 1, factor) for factor in (None, cut))
+            return (plain**2).sum() + (edited**3).sum()
 
-    whole = run(q, k, v)
-    monkeypatch.setattr(attention, "CPU_BYTES", rows * 3 * 24 * 4)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert attention.cpu_pieces(q, k) == -(-23 // rows)
-    jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), run(q, k, v), whole)
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
-    assert attention.cpu_pieces(q, k) == 1
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2, 3)))(q, k, v, mask)
+
+    whole = run(q, k, v, mask)
+    monkeypatch.setattr(attention, "cpu_blocks", lambda q, k: blocks)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), run(q, k, v, mask), whole)

@@ -7,16 +7,15 @@ For one query, with attention row a, values v, output projection W_o (bias b_o) 
 
 (Lappe & Giese 2025, section 3). Value biases travel with the values. The parts of several tokens or heads add up.
 
-All functions but `over_images` can be jitted, with `layers`, `layout` and words static. Arguments named after a site
-are what was recorded there, after its edits: the parts of an edited run are as exact, unless `z` or `attn_out` itself
-is what was edited.
+All functions can be jitted, with `layers`, `layout` and words static. Arguments named after a site are what was
+recorded there, after its edits: the parts of an edited run are as exact, unless `z` or `attn_out` itself was edited.
 
 Axes as in `jaxvit.model.vit`; G groups of tokens, in the order of `TokenLayout.group_names`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -25,14 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jaxvit.io.images import Batch
-from jaxvit.io.progress import bar
-from jaxvit.model.edits import Edits, by_layer, check_edits, listed
 from jaxvit.model.layers import LayerNorm, LayerScale, RmsNorm
-from jaxvit.model.sites import Record, recording_plan
-from jaxvit.model.tap import Tap
 from jaxvit.model.tokens import TokenLayout
-from jaxvit.model.vit import Block, ViT
+from jaxvit.model.vit import ViT
 
 # These are sums of a few large terms that cancel: keep all bits also where matrix products default to fewer.
 einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -231,7 +225,7 @@ def contributions(
     _check_stage(stage)
 
     def of_layer(readout: Readout, pattern_BHQT: Array, v_BTHd: Array, direction_BQD: Array) -> Array:
-        # Pulling the direction back through what follows the heads costs one vector, not one per token.
+        # Apply the transposed output projection to the direction once, not to every token.
         if stage == "heads":
             pulled = direction_BQD.reshape(*direction_BQD.shape[:2], *readout.kernel.shape[:2])
         else:
@@ -379,121 +373,6 @@ def projection_shares(summands: PyTree[Array], output: Float[Array, "*batch D"])
     return _each(share, summands, output)
 
 
-def each_layer(
-    model: ViT,
-    images: Float[Array, "B H W 3"],
-    measure: Callable[[dict[str, Array]], Any],
-    record: Record,
-    edits: Edits | None = None,
-    *,
-    start: tuple[int, Float[Array, "B T D"]] | None = None,
-) -> PyTree[Array]:
-    """Runs the model and measures every layer as it goes by, in the memory of one layer's trace.
-
-        flow = each_layer(
-            model, images, lambda trace: attention_flow(trace["pattern"], layout), {"pattern": Take(tokens="all")}
-        )  # [L, B, H, G, G], of patterns that for all layers may take gigabytes
-
-    Args:
-      images, edits: as for the model.
-      measure: function of a trace of one layer, whose arrays have no axis of layers.
-      record: sites to measure; of all layers.
-      start: a layer, and the stream that enters it, to run from there on, as `run_from` does; the images then only
-        tell their size.
-
-    Returns:
-      What `measure` gives, with an axis of the layers that run in front.
-
-    Raises:
-      ValueError: a record of only some layers, or what the model raises.
-    """
-    return layer_by_layer(model, images, lambda trace, block: measure(trace), record, edits, start=start)[1]
-
-
-def layer_by_layer(
-    model: ViT,
-    images: Float[Array, "B H W 3"],
-    measure: Callable[[dict[str, Array], Block], Any],
-    record: Record,
-    edits: Edits | None = None,
-    *,
-    start: tuple[int, Float[Array, "B T D"]] | None = None,
-) -> tuple[Float[Array, "B T D"], PyTree[Array]]:
-    """The tokens after the last block, before the final norm, and what `each_layer` returns.
-
-    Args:
-      measure: of a trace of one layer, and of that layer's block.
-    """
-    plan = recording_plan(record, model.config.depth)
-    if len(plan) > 1:
-        raise ValueError("each_layer measures all layers: leave out layers=.. of the sites to record")
-    ((_, _, wanted),) = plan
-    first, stream = (0, model.embed(images)) if start is None else start
-    changes = listed(edits)
-    check_edits(changes, model._sizes(*stream.shape[:2]))
-    scanned, of_layer = by_layer(changes, model.config.depth)
-    turn = model.turn(model.config.layout(*images.shape[1:3]).grid, stream.shape[1])
-
-    def step(x_BTD, layer):
-        block, edits = layer
-        tap = Tap(wanted, of_layer(edits), model.prefix)
-        x_BTD = block(x_BTD, tap, turn)
-        return x_BTD, measure(tap.trace, block)
-
-    layers = (model.blocks, scanned)
-    if first:
-        layers = jax.tree.map(lambda a: jax.lax.slice_in_dim(a, first, model.config.depth), layers)
-    return jax.lax.scan(step, stream, layers)
-
-
-def over_images(
-    measure: Callable[[Any, Array], Any],
-    model: Any,
-    batches: Iterable[Batch | Array | np.ndarray],
-    *,
-    total: int | None = None,
-    progress: bool = True,
-) -> PyTree[np.ndarray]:
-    """Measures any number of images, batch by batch; the results of all of them, on the host.
-
-        def mass(model, images):
-            pattern = model(images, record={"pattern": Take(layers=-1)}).trace["pattern"][-1]
-            return attention_mass(pattern[:, :, 0].mean(1), model.layout)
-
-        over_images(mass, model, jaxvit.stream(paths, model.config, 16))  # [images, G]
-
-    Args:
-      measure: `measure(model, images)`, a pytree of arrays [B, ..]; is jitted, and compiled once for batches of one
-        shape.
-      batches: as of `jaxvit.stream`, whose images that only fill the last batch are left out; or arrays [B, H, W, 3].
-      total: number of images, for the progress bar.
-
-    Returns:
-      The same pytree, of NumPy arrays [images, ..] in the order of the images.
-
-    Raises:
-      ValueError: no images, or a measure that does not give one entry for each image.
-    """
-
-    run = jax.jit(measure)
-    found = []
-    with bar("images", total, progress) as advance:
-        for batch in batches:
-            images, valid = (
-                (batch.images, batch.valid) if isinstance(batch, Batch) else (batch, np.ones(len(batch), bool))
-            )
-            values = jax.device_get(run(model, images))
-            for path, value in jax.tree.leaves_with_path(values):
-                if value.shape[:1] != valid.shape:
-                    name = f"measure{jax.tree_util.keystr(path)}"
-                    raise ValueError(f"{name} has shape {list(value.shape)}; expected [{len(valid)} images, ..]")
-            found.append(jax.tree.map(lambda a, valid=valid: a[valid], values))
-            advance(int(valid.sum()))
-    if not found:
-        raise ValueError("no images to measure")
-    return jax.tree.map(lambda *a: np.concatenate(a), *found)
-
-
 def readout(model: ViT) -> Readout:
     """What follows the heads, of all layers: each of its arrays has an axis of layers in front.
 
@@ -503,7 +382,7 @@ def readout(model: ViT) -> Readout:
     c, attention = model.config, model.blocks.attn.proj
     if c.branch_norms:
         raise ValueError("this model normalises the joint output of its heads: it is not a sum of parts")
-    kernel = attention.kernel[...].reshape(c.depth, c.heads, c.head_size, c.width)
+    kernel = attention.kernel[...]
     bias = jnp.zeros((c.depth, c.width), kernel.dtype) if attention.bias is None else attention.bias[...]
     gamma = model.blocks.scale1.gamma[...] if isinstance(model.blocks.scale1, LayerScale) else jnp.ones_like(bias)
     return Readout(kernel, bias, gamma)

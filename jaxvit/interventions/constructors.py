@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxvit.interventions.statistics import ActivationStats
-from jaxvit.model.edits import Edit, Operation, Over, Queries, Shuffle
+from jaxvit.model.edits import Edit, Knockout, Operation, Over, Queries, Shuffle
 from jaxvit.model.sites import ATTENTION_SITES, SITES, check_sites
 from jaxvit.model.tokens import TokenLayout
 from jaxvit.model.vit import ViT
@@ -173,10 +173,10 @@ def steer(model: ViT, site: str, vector: ArrayLike, **where: Unpack[Where]) -> S
 
 
 def knockout(model: ViT, **where: Unpack[Where]) -> SiteEdits:
-    """Cuts attention from `query` to `key` before the softmax: what is left of a row is divided by its sum, and a row
-    of which nothing is left is zeros.
+    """Cuts attention from `query` to `key` before the softmax: the rest of a row is renormalised, and a row of which
+    nothing is left is zeros.
     """
-    return {"weights": Edit(**select(model, "weights", where))}
+    return {"scores": Knockout(**select(model, "scores", where))}
 
 
 def zero_attention(model: ViT, **where: Unpack[Where]) -> SiteEdits:

@@ -23,13 +23,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxvit.interventions.constructors import SiteEdits, select
-from jaxvit.interventions.statistics import images_and_valid
+from jaxvit.io.batches import images_and_valid
 from jaxvit.io.images import Batch
 from jaxvit.io.progress import track
 from jaxvit.model.edits import Relocate
 from jaxvit.model.params import from_params, to_params
+from jaxvit.model.run import layer_by_layer
 from jaxvit.model.sites import Take
-from jaxvit.model.vit import ViT
+from jaxvit.model.vit import Block, ViT
 
 
 def add_registers(model: ViT, count: int = 1, values: ArrayLike = 0.0) -> ViT:
@@ -124,20 +125,29 @@ def _scores(
     outliers_at: int,
     layers: tuple[int, ...],
 ) -> tuple[Float[Array, "l F"], Array]:
-    """The sum over images of each neuron's score, and how many images have outliers."""
-    record = {"mlp_post": Take(layers=layers, tokens="all"), "resid_post": Take(layers=outliers_at, tokens="all")}
-    trace = model(images, record=record).trace
-    norms_BN = jnp.linalg.norm(trace["resid_post"][0, :, model.prefix :], axis=-1)
+    """The sum over images of each neuron's score, and how many images have outliers.
+
+    Runs twice, as outliers show after the layers that make them: to find them, then to measure layer by layer.
+    """
+    last, prefix = outliers_at % model.config.depth, model.prefix
+    nothing = partial(layer_by_layer, model, images, lambda trace, block, layer: None, ())
+    stream = nothing(stop=last + 1).stream
+    norms_BN = jnp.linalg.norm(stream[:, prefix:], axis=-1)
     if threshold is None:
         limit_B = norms_BN.mean(1) + 3 * norms_BN.std(1)
     else:
         limit_B = jnp.full(len(images), threshold, norms_BN.dtype)
     outlier_BN = (norms_BN > limit_B[:, None]) & valid_B[:, None]
     number_B = outlier_BN.sum(1)
-    active = jnp.abs(trace["mlp_post"][:, :, model.prefix :])
-    weight_BN = outlier_BN.astype(active.dtype) / jnp.maximum(number_B, 1).astype(active.dtype)[:, None]
-    scores = jnp.einsum("BN,LBNF->LF", weight_BN, active, precision=jax.lax.Precision.HIGHEST)
-    return scores, (number_B > 0).sum()
+    weight_BN = outlier_BN.astype(norms_BN.dtype) / jnp.maximum(number_B, 1).astype(norms_BN.dtype)[:, None]
+
+    def of_layer(trace: dict[str, Array], block: Block, layer: Array) -> Array:
+        active = jnp.abs(trace["mlp_post"][:, prefix:])
+        return jnp.einsum("BN,BNF->F", weight_BN, active, precision=jax.lax.Precision.HIGHEST)
+
+    record = {"mlp_post": Take(tokens="all")}
+    scores = layer_by_layer(model, images, of_layer, record, stop=max(layers) + 1).measured
+    return scores[np.asarray(layers)], (number_B > 0).sum()
 
 
 def test_time_registers(model: ViT, neurons: Neurons, count: int = 1) -> tuple[ViT, SiteEdits]:

@@ -14,15 +14,14 @@ import numpy as np
 from jaxtyping import Array, Float
 from safetensors.numpy import save_file
 
+from jaxvit.io.batches import Images, batches_of, images_and_valid
 from jaxvit.io.checkpoint import CheckpointError, SafetensorsFile, replacing_file
-from jaxvit.io.images import Batch
 from jaxvit.io.progress import track
+from jaxvit.model.layers import wide_dtype
+from jaxvit.model.run import each_layer
 from jaxvit.model.sites import ATTENTION_SITES, Take, check_sites
 from jaxvit.model.tokens import TokenLayout
 from jaxvit.model.vit import ViT
-
-Images = Array | np.ndarray | Batch | Iterable[Array | np.ndarray | Batch]
-"""[B, H, W, 3], or any number of batches, such as of `jaxvit.stream`, whose repeated images do not count."""
 
 
 class ActivationStats:
@@ -145,37 +144,23 @@ class ActivationStats:
         return stats
 
 
-def batches_of(images: Images) -> Iterable[Array | np.ndarray | Batch]:
-    """Batches, also where one is given as it is."""
-    if isinstance(images, Batch) or (isinstance(images, Array | np.ndarray) and images.ndim < 5):
-        return [images]
-    return images
-
-
-def images_and_valid(batch: Array | np.ndarray | Batch) -> tuple[Array, np.ndarray]:
-    """The images of a batch, and which of them count."""
-    if isinstance(batch, Batch):
-        return batch.images, batch.valid
-    if np.ndim(batch) != 4:
-        raise ValueError(f"images have shape {list(np.shape(batch))}; expected [batch, height, width, 3 channels]")
-    return jnp.asarray(batch), np.ones(len(batch), bool)
-
-
 @partial(jax.jit, static_argnames=("sites", "layout"))
 def _moments(model: ViT, images: Array, valid: Array, sites: tuple[str, ...], layout: TokenLayout) -> Any:
-    trace = model(images, record={site: Take(tokens="all") for site in sites}).trace
-    # In half precision a sum over a thousand patches would have two digits.
-    dtype = jnp.float64 if model.patch_embed.kernel.dtype == jnp.float64 else jnp.float32
+    """Site -> mean, and sum of squared differences from it, [L, G, ..]; one layer after another."""
+    dtype = wide_dtype(model.dtype)  # in half precision a sum over a thousand patches would have two digits
     membership = jnp.asarray(layout.membership, dtype)
     weight = jnp.asarray(valid, dtype)[:, None, None] * membership[None]  # B T G
     count = jnp.maximum(weight.sum((0, 1)), 1)
-    means, squares = {}, {}
-    for site, x in trace.items():
-        flat = x.reshape(*x.shape[:3], -1).astype(dtype)
-        precise = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        mean = precise("BTG,LBTX->LGX", weight, flat) / count[None, :, None]
-        centred = flat - precise("TG,LGX->LTX", membership, mean)[:, None]
-        square = precise("BTG,LBTX->LGX", weight, jnp.square(centred))
-        shape = (*mean.shape[:2], *x.shape[3:])
-        means[site], squares[site] = mean.reshape(shape), square.reshape(shape)
-    return means, squares
+    precise = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+    def of_layer(trace: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+        means, squares = {}, {}
+        for site, x in trace.items():
+            # The barrier makes these the rounded numbers of the stream, and not what they were before.
+            flat = jax.lax.collapse(jax.lax.optimization_barrier(x), 2).astype(dtype)
+            mean = precise("BTG,BTX->GX", weight, flat) / count[:, None]
+            square = precise("BTG,BTX->GX", weight, jnp.square(flat - precise("TG,GX->TX", membership, mean)[None]))
+            means[site], squares[site] = (a.reshape(len(count), *x.shape[2:]) for a in (mean, square))
+        return means, squares
+
+    return each_layer(model, images, of_layer, {site: Take(tokens="all") for site in sites})

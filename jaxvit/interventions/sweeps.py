@@ -3,13 +3,14 @@
 Points of a grid differ in numbers only, so all of them run through one program: in chunks, which bounds memory, under
 `vmap`. Blocks before the first edited layer give the same for every point: each chunk starts from the run without
 edits at the first layer that any of its points edits, which is read off the masks.
+
+A second sweep with functions that compute the same, and arrays of the same shapes, compiles nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +21,12 @@ from jaxtyping import Array, Float
 from jaxvit.analysis.named import NamedArray
 from jaxvit.analysis.similarity import cosine
 from jaxvit.interventions.grids import Grid
-from jaxvit.interventions.statistics import Images, batches_of, images_and_valid
+from jaxvit.io.batches import Images, batches_of, images_and_valid
 from jaxvit.io.images import Batch
 from jaxvit.io.progress import bar, length, track
-from jaxvit.model.edits import Edit, Edits, Operation, by_layer, listed
+from jaxvit.model.edits import Edit, Edits, Operation, by_layer, normalise_edits
+from jaxvit.model.layers import wide_dtype
+from jaxvit.model.programs import Program
 from jaxvit.model.sites import ATTENTION_SITES, Record, Take, as_takes
 from jaxvit.model.vit import Output, ViT
 
@@ -31,6 +34,7 @@ Point = Mapping[str, Array]
 """Axis of the grid -> its number at this point; a traced array without axes."""
 MakeEdits = Callable[[Point, Output], Edits]
 Metric = Callable[[Output, Output], Any]
+Metrics = Metric | Mapping[str, Metric]
 
 
 def cls_cosine(out: Output, clean: Output) -> Float[Array, " B"]:
@@ -45,7 +49,7 @@ def sweep(
     images: Images,
     make_edits: MakeEdits,
     grid: Grid,
-    metric: Metric = cls_cosine,
+    metric: Metrics = cls_cosine,
     *,
     batch_size: int | None = None,
     record_clean: Record = (),
@@ -64,8 +68,8 @@ def sweep(
       make_edits: `make_edits(point, clean)`, the edits of a point; `clean` is the run of the same images without edits,
         for values to put in place. Is traced, not called for each point: its sites may not depend on the point, its
         arrays may.
-      metric: `metric(out, clean)`, [B] or [B, ..] numbers about each image; or several by name, which become an axis
-        `metric`.
+      metric: `metric(out, clean)`, [B] or [B, ..] numbers about each image. Several metrics become an axis `metric`:
+        give a function that returns them by name, or a mapping of names to such functions.
       batch_size: points that run at once; memory grows with it, and not with the number of points. None: as many as
         make 64 images, or 2 on a CPU, where more only leave the caches.
       record_clean: what `clean.trace` holds; all of `resid_pre` is always there.
@@ -80,7 +84,8 @@ def sweep(
     """
     takes = _static({**as_takes(record_clean), "resid_pre": Take()})
     _check(batch_size, grid)
-    programs, results, labels = _Programs.of(make_edits, metric, record), [], []
+    measure = _together(metric)
+    programs, results, labels = None, [], []
     batches = batches_of(images)
     known = length(batches)
     with bar(f"{len(grid)} points", None if known is None else len(grid) * known, progress) as advance:
@@ -89,6 +94,7 @@ def sweep(
             clean = _clean_run(model, batch, takes)
             chunk = min(batch_size or _points_at_once(len(batch)), len(grid))
             points = _filled(grid.points, chunk)
+            programs = programs or _sweep_programs(*_traced(model, clean, make_edits, measure, points, record))
             first = np.asarray(programs.first_layer(model, clean, points))
             order = np.argsort(first, kind="stable")
             found: list[Any] = []
@@ -107,18 +113,52 @@ def sweep(
     return _named(grid, jax.tree.map(lambda *a: np.concatenate(a, axis=1), *results), labels, metric)
 
 
+def _together(metric: Metrics) -> Metric:
+    """One function that returns all metrics by name, if there are several."""
+    if not isinstance(metric, Mapping):
+        return metric
+    if wrong := [name for name, each in metric.items() if not callable(each)]:
+        raise ValueError(f"the metrics {', '.join(map(repr, wrong))} are no functions of (out, clean)")
+    return lambda out, clean: {name: each(out, clean) for name, each in metric.items()}
+
+
 @partial(jax.jit, static_argnames="takes")
 def _clean_run(model: ViT, images: Array, takes: tuple[tuple[str, Take], ...]) -> Output:
-    """The run without edits; outside of `_Programs`, so that all sweeps of a model share it."""
+    """The run without edits; of no sweep in particular, so that all sweeps of a model share it."""
     return model(images, record=dict(takes))
 
 
 def _static(takes: Mapping[str, Take]) -> tuple[tuple[str, Take], ...]:
     """What to record, as a value that can be hashed."""
-    return tuple(
-        (site, replace(take, layers=tuple(take.layers)) if isinstance(take.layers, Iterable) else take)
-        for site, take in takes.items()
-    )
+    return tuple(takes.items())
+
+
+def _point_of(points: Mapping[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape of one point."""
+    return {axis: jax.ShapeDtypeStruct((), jnp.result_type(numbers)) for axis, numbers in points.items()}
+
+
+def _traced(
+    model: ViT,
+    clean: Output,
+    make_edits: MakeEdits,
+    metric: Metric,
+    points: Mapping[str, np.ndarray],
+    record: Record,
+    gradient: bool = False,
+) -> tuple[Program, Program, tuple[tuple[str, Take], ...]]:
+    """What the programs of a sweep, or with `gradient` of an attribution, are told apart by."""
+    takes = _static(as_takes(record))
+    trace = jax.eval_shape(partial(_clean_run, takes=takes), model, _images_like(model, clean)).trace if takes else {}
+    measure = Program(metric, clean._replace(trace=trace), clean, differentiated=gradient)
+    return Program(make_edits, _point_of(points), clean), measure, takes
+
+
+def _images_like(model: ViT, clean: Output) -> jax.ShapeDtypeStruct:
+    """The shape of images that give sequences as long as those of this run; which of them does not matter."""
+    rows = clean.patches.shape[1]
+    patch = model.config.patch
+    return jax.ShapeDtypeStruct((clean.tokens.shape[0], rows * patch, patch, 3), model.dtype)
 
 
 class _Programs(NamedTuple):
@@ -127,34 +167,38 @@ class _Programs(NamedTuple):
     first_layer: Callable[..., Array]
     run: Callable[..., Any]
 
-    @classmethod
-    def of(cls, make_edits: MakeEdits, metric: Metric, record: Record) -> _Programs:
-        @jax.jit
-        def first_layers(model, clean, points):
-            def one(point):
-                return first_edited(listed(make_edits(point, clean)), model.config.depth)
 
-            return jax.lax.map(one, points)
+@lru_cache(maxsize=16)
+def _sweep_programs(edits: Program, measure: Program, takes: tuple[tuple[str, Take], ...]) -> _Programs:
+    """Few are kept, as they keep what their functions hold."""
+    make_edits, metric, record = edits.function, measure.function, dict(takes)
 
-        @jax.jit
-        def run(model, images, clean, points, start):
-            def one(point):
-                edits = make_edits(point, clean)
-                out = model.run_from(0 if record else start, stream, edits, record, grid_of(model, images))
-                return metric(out, clean)
+    @jax.jit
+    def first_layers(model: ViT, clean: Output, points: Point) -> Array:
+        def one(point: Point) -> Array:
+            return first_edited(normalise_edits(make_edits(point, clean)), model.config.depth)
 
-            stream = jax.lax.dynamic_index_in_dim(clean.trace["resid_pre"], 0 if record else start, keepdims=False)
-            values = jax.vmap(one)(points)
-            every = list(values.values()) if isinstance(values, Mapping) else [values]
-            shapes = [list(value.shape[1:]) if isinstance(value, Array) else type(value).__name__ for value in every]
-            if not shapes or not all(shape == shapes[0] and shape[:1] == [len(images)] for shape in shapes):
-                raise ValueError(
-                    f"the metric returns {', '.join(map(str, shapes)) or 'nothing'}; expected numbers of shape "
-                    f"[{len(images)} images, ..], or several of one shape by name"
-                )
-            return values
+        return jax.lax.map(one, points)
 
-        return cls(first_layers, run)
+    @jax.jit
+    def run(model: ViT, images: Array, clean: Output, points: Point, start: Array) -> Any:
+        def one(point: Point) -> Any:
+            edits = make_edits(point, clean)
+            out = model.run_from(0 if record else start, stream, edits, record, grid_of(model, images))
+            return metric(out, clean)
+
+        stream = jax.lax.dynamic_index_in_dim(clean.trace["resid_pre"], 0 if record else start, keepdims=False)
+        values = jax.vmap(one)(points)
+        every = list(values.values()) if isinstance(values, Mapping) else [values]
+        shapes = [list(value.shape[1:]) if isinstance(value, Array) else type(value).__name__ for value in every]
+        if not shapes or not all(shape == shapes[0] and shape[:1] == [len(images)] for shape in shapes):
+            raise ValueError(
+                f"the metric returns {', '.join(map(str, shapes)) or 'nothing'}; expected numbers of shape "
+                f"[{len(images)} images, ..], or several of one shape by name"
+            )
+        return values
+
+    return _Programs(first_layers, run)
 
 
 def first_edited(edits: Mapping[str, tuple[Operation, ...]], depth: int) -> Array:
@@ -190,15 +234,37 @@ def attribute(
     """
     _check(batch_size, grid)
     batch_size = min(batch_size, len(grid))
-    points, results, labels = _filled(grid.points, batch_size), [], []
-    depth = model.config.depth
+    points, programs, results, labels = _filled(grid.points, batch_size), None, [], []
+    takes = _static({**as_takes(record_clean), "resid_pre": Take()})
+    for each in track(batches_of(images), "attribution", enabled=progress):
+        batch, valid = images_and_valid(each)
+        clean = _clean_run(model, batch, takes)
+        programs = programs or _attribution_programs(*_traced(model, clean, make_edits, metric, points, (), True)[:2])
+        slopes, values = programs.slopes(model, clean, points, patches=grid_of(model, batch))
+        estimates = programs.estimates(model, clean, slopes, values, points, batch_size=batch_size)
+        results.append(np.asarray(estimates)[: len(grid), valid])
+        labels.append(each.indices[valid] if isinstance(each, Batch) else None)
+    if not results:
+        raise ValueError("no images to run")
+    return _named(grid, np.concatenate(results, axis=1), labels, metric, "estimated change of ")
 
-    takes_clean = _static({**as_takes(record_clean), "resid_pre": Take()})
+
+class _Attribution(NamedTuple):
+    """The two compiled programs of an attribution."""
+
+    slopes: Callable[..., Any]
+    estimates: Callable[..., Array]
+
+
+@lru_cache(maxsize=16)
+def _attribution_programs(edits: Program, measure: Program) -> _Attribution:
+    """Few are kept, as they keep what their functions hold."""
+    make_edits, metric = edits.function, measure.function
 
     @partial(jax.jit, static_argnames="patches")
-    def gradients(model, clean, patches):
+    def slopes(model: ViT, clean: Output, points: Point, patches: tuple[int, int]) -> tuple[Any, Any]:
         point = {axis: numbers[0] for axis, numbers in points.items()}
-        edited = listed(jax.eval_shape(make_edits, point, clean))
+        edited = normalise_edits(jax.eval_shape(make_edits, point, clean))
         takes, queries = {}, {}
         for site, each in edited.items():
             queries[site] = "all" if any(edit.queries == "all" for edit in each) else "prefix"
@@ -206,7 +272,7 @@ def attribute(
         stream = clean.trace["resid_pre"][0]
         shapes = jax.eval_shape(lambda: model.run_from(0, stream, record=takes, grid=patches).trace)
 
-        def total(nudges):
+        def total(nudges: Any) -> tuple[Array, Any]:
             nudged = {
                 site: Edit(1.0, 1.0, nudge, value_over="tokens", queries=queries[site])
                 for site, nudge in nudges.items()
@@ -217,36 +283,29 @@ def attribute(
                 raise ValueError(f"the metric returns {jax.tree.map(jnp.shape, values)}; expected a number an image")
             return values.sum(), out.trace
 
-        slopes, values = jax.grad(total, has_aux=True)(jax.tree.map(jnp.zeros_like, shapes))
-        return slopes, values
+        return jax.grad(total, has_aux=True)(jax.tree.map(jnp.zeros_like, shapes))
 
-    @jax.jit
-    def estimates(model, clean, slopes, values, points):
-        def one(point):
-            arrays, of_layer = by_layer(listed(make_edits(point, clean)), depth)
+    @partial(jax.jit, static_argnames="batch_size")
+    def estimates(model: ViT, clean: Output, slopes: Any, values: Any, points: Point, batch_size: int) -> Array:
+        depth = model.config.depth
+
+        def one(point: Point) -> Array:
+            arrays, of_layer = by_layer(normalise_edits(make_edits(point, clean)), depth)
 
             def layer(total, xs):
                 arrays, slopes, values = xs
                 for site, each in of_layer(arrays).items():
                     for edit in each:  # to first order, edits of one value add up
-                        change = slopes[site] * (edit(site, values[site], model.prefix) - values[site])
+                        change = slopes[site] * edit.derivative(site, values[site], model.prefix)
                         total = total + change.sum(range(1, change.ndim), dtype=total.dtype)
                 return total, None
 
-            dtype = jnp.float64 if clean.tokens.dtype == jnp.float64 else jnp.float32
-            return jax.lax.scan(layer, jnp.zeros(len(clean.tokens), dtype), (arrays, slopes, values), depth)[0]
+            start = jnp.zeros(len(clean.tokens), wide_dtype(clean.tokens.dtype))
+            return jax.lax.scan(layer, start, (arrays, slopes, values), depth)[0]
 
         return jax.lax.map(one, points, batch_size=batch_size)
 
-    for each in track(batches_of(images), "attribution", enabled=progress):
-        batch, valid = images_and_valid(each)
-        clean = _clean_run(model, batch, takes_clean)
-        slopes, values = gradients(model, clean, grid_of(model, batch))
-        results.append(np.asarray(estimates(model, clean, slopes, values, points))[: len(grid), valid])
-        labels.append(each.indices[valid] if isinstance(each, Batch) else None)
-    if not results:
-        raise ValueError("no images to run")
-    return _named(grid, np.concatenate(results, axis=1), labels, metric, "estimated change of ")
+    return _Attribution(slopes, estimates)
 
 
 def grid_of(model: ViT, images: Array) -> tuple[int, int]:
@@ -272,7 +331,7 @@ def _filled(points: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.n
 
 
 def _named(
-    grid: Grid, values: Any, labels: Sequence[np.ndarray | None], metric: Metric, prefix: str = ""
+    grid: Grid, values: Any, labels: Sequence[np.ndarray | None], metric: Metrics, prefix: str = ""
 ) -> NamedArray:
     """The values of all points, [points, images, ..], with the axes of the grid.
 

@@ -1,124 +1,238 @@
-"""Attention, whose weights are written out where somebody reads or edits them. Axes as in `jaxvit.model.vit`."""
+"""Attention. Weights are written out where somebody reads or edits them; elsewhere a fused form may be used.
+
+Which form XLA computes depends on the platform a program is lowered for, never on the machine that traces it. cuDNN's
+kernel is chosen by the argument `attention`. Axes as in `jaxvit.model.vit`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
 from jaxvit.model.config import ViTConfig
-from jaxvit.model.layers import identity, make_norm
-from jaxvit.model.tap import Tap
+from jaxvit.model.edits import times
+from jaxvit.model.layers import Linear, identity, make_norm, wide_dtype
+from jaxvit.model.tap import KnockoutFactor, Tap
 
-Turn = Callable[[Array], Array]
-"""Of queries or keys [B, T, H, d]."""
+Rope = Callable[[Array], Array]
+"""Rotates queries or keys [B, T, H, d] by their position."""
+
+Kernel = Literal["auto", "xla", "cudnn"]
+"""How attention is computed where nobody reads or edits its weights.
+
+`xla`: JAX operations, on every platform. `cudnn`: NVIDIA's flash attention, in half precision; an error elsewhere.
+`auto`: cuDNN in programs for NVIDIA GPUs where it can be used, `xla` everywhere else.
+"""
 
 
 class Attention(nnx.Module):
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
-        self.qkv = nnx.Linear(c.width, 3 * c.width, use_bias=c.qkv_bias, rngs=rngs)
+        # One matrix product for all three, whose heads are an axis that can be sharded.
+        self.qkv = Linear(c.width, (3, c.heads, c.head_size), c.qkv_bias, rngs)
         self.q_norm, self.k_norm = (make_norm(c, c.head_size, c.qk_norm) for _ in range(2))
         self.norm = make_norm(c, c.width, c.branch_norms)
-        self.proj = nnx.Linear(c.width, c.width, use_bias=c.proj_bias, rngs=rngs)
-        self.heads = c.heads
+        self.proj = Linear((c.heads, c.head_size), c.width, c.proj_bias, rngs)
 
-    def __call__(self, x_BTD: Array, tap: Tap, turn: Turn = identity) -> Array:
-        """`turn` gives queries and keys their rotary positions."""
-        B, T, D = x_BTD.shape
-        q, k, v = jnp.unstack(self.qkv(x_BTD).reshape(B, T, 3, self.heads, D // self.heads), axis=2)
-        q, k, v = tap("q", turn(self.q_norm(q))), tap("k", turn(self.k_norm(k))), tap("v", v)
-        z_BTHd = tap("z", self.attend(q, k, v, tap))
-        return self.proj(self.norm(jax.lax.collapse(z_BTHd, 2)))
+    def __call__(self, x_BTD: Array, tap: Tap, apply_rope: Rope = identity, kernel: Kernel = "auto") -> Array:
+        q, k, v = jnp.unstack(self.qkv(x_BTD), axis=2)
+        q, k, v = tap("q", apply_rope(self.q_norm(q))), tap("k", apply_rope(self.k_norm(k))), tap("v", v)
+        z_BTHd = tap("z", attend(q, k, v, tap, kernel))
+        if self.norm is not identity:
+            z_BTHd = self.norm(jax.lax.collapse(z_BTHd, 2)).reshape(z_BTHd.shape)
+        return self.proj(z_BTHd)
 
-    def attend(self, q_BTHd: Array, k_BTHd: Array, v_BTHd: Array, tap: Tap) -> Array:
-        """Rows whose weights somebody reads or edits are written out; the others may use a fused kernel."""
-        T = q_BTHd.shape[1]
-        rows = tap.explicit_rows(T)
-        if not rows:
-            return fused_attention(q_BTHd, k_BTHd, v_BTHd)
-        pattern = tap("pattern", softmax(tap("scores", scaled_scores(q_BTHd[:, :rows], k_BTHd)), tap))
-        z_BQHd = jnp.einsum("BHQT,BTHd->BQHd", pattern.astype(v_BTHd.dtype), v_BTHd)
-        if rows == T:
-            return z_BQHd
-        return jnp.concatenate([z_BQHd, fused_attention(q_BTHd[:, rows:], k_BTHd, v_BTHd)], axis=1)
+
+def attend(q_BTHd: Array, k_BTHd: Array, v_BTHd: Array, tap: Tap, kernel: Kernel) -> Array:
+    """[B, T, H, d]. Only rows whose weights are read or edited are written out."""
+    T = q_BTHd.shape[1]
+    rows = tap.explicit_rows(T)
+    outputs = []
+    if rows:
+        scores = tap("scores", scaled_scores(q_BTHd[:, :rows], k_BTHd))
+        pattern = tap("pattern", softmax(scores, np.arange(rows), tap.knockout_factor(0, T)))
+        outputs.append(jnp.einsum("BHQT,BTHd->BQHd", pattern.astype(v_BTHd.dtype), v_BTHd))
+    if rows < T:
+        factor = tap.knockout_factor(rows, T)
+        outputs.append(fused_attention(q_BTHd[:, rows:], k_BTHd, v_BTHd, rows, factor, kernel))
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
 def scaled_scores(q_BQHd: Array, k_BTHd: Array) -> Array:
     """[B, H, Q, T] in at least float32: in half precision a softmax over hundreds of tokens would not sum to 1."""
-    wide = jnp.float64 if q_BQHd.dtype == jnp.float64 else jnp.float32
-    return jnp.einsum("BQHd,BTHd->BHQT", q_BQHd * q_BQHd.shape[-1] ** -0.5, k_BTHd, preferred_element_type=wide)
+    scaled = q_BQHd * q_BQHd.shape[-1] ** -0.5
+    return jnp.einsum("BQHd,BTHd->BHQT", scaled, k_BTHd, preferred_element_type=wide_dtype(q_BQHd.dtype))
 
 
-def fused_attention(q_BQHd: Array, k_BTHd: Array, v_BTHd: Array) -> Array:
-    """softmax(q k / sqrt(d)) v, by the fastest means; the weights are not to be seen."""
-    if cudnn_takes(q_BQHd):
-        return jax.nn.dot_product_attention(q_BQHd, k_BTHd, v_BTHd, implementation="cudnn")
-    pieces = cpu_pieces(q_BQHd, k_BTHd)
-    if pieces == 1:
-        return attention(q_BQHd, k_BTHd, v_BTHd)
+def exponentials(scores_BHQT: Array, rows: Array | np.ndarray, factor: KnockoutFactor | None) -> tuple[Array, Array]:
+    """exp(scores - the row's maximum) times the knock-outs' factor; and their sums [B, H, Q, 1], 1 where these are 0.
 
-    def of_image(qkv: tuple[Array, Array, Array]) -> Array:
-        q_QHd, k_THd, v_THd = qkv
-        rows = -(-len(q_QHd) // pieces)
-        padded = jnp.pad(q_QHd, ((0, rows * pieces - len(q_QHd)), (0, 0), (0, 0)))
-        parts = padded.reshape(pieces, 1, rows, *q_QHd.shape[1:])
-        z = jax.lax.map(lambda part: attention(part, k_THd[None], v_THd[None]), parts)
-        return jax.lax.collapse(z, 0, 3)[: len(q_QHd)]
+    Args:
+      rows: numbers of these query rows.
+    """
+    if factor is None:
+        top = _finite_or_0(jax.lax.stop_gradient(scores_BHQT).max(-1, keepdims=True))  # cancels
+        weights = jnp.exp(scores_BHQT - top)
+    else:
+        kept = factor(rows, scores_BHQT.dtype)
+        # The maximum over keys that are not knocked out: were a cut key far above, the others' weights would underflow.
+        top = jax.lax.stop_gradient(jnp.where(kept == 0, -jnp.inf, scores_BHQT)).max(-1, keepdims=True)
+        exponents = jnp.minimum(scores_BHQT - _finite_or_0(top), 80)  # a cut key's must be finite to become 0
+        weights = times(kept, jnp.exp(exponents))
+    total = weights.sum(-1, keepdims=True)
+    return weights, jnp.where(total == 0, 1, total)
 
-    return jax.lax.map(of_image, (q_BQHd, k_BTHd, v_BTHd))
 
+def _finite_or_0(top: Array) -> Array:
+    return jnp.where(jnp.isneginf(top), 0, top)
+
+
+def softmax(scores_BHQT: Array, rows: Array | np.ndarray | None = None, factor: KnockoutFactor | None = None) -> Array:
+    """The softmax over keys; a row of which every key is knocked out is zeros."""
+    weights, total = exponentials(scores_BHQT, np.arange(scores_BHQT.shape[2]) if rows is None else rows, factor)
+    return weights / total
+
+
+def attention(
+    q_BQHd: Array, k_BTHd: Array, v_BTHd: Array, rows: Array | np.ndarray, factor: KnockoutFactor | None = None
+) -> Array:
+    """softmax(q k / sqrt(d)) v, [B, Q, H, d], with all scores written out."""
+    weights, total = exponentials(scaled_scores(q_BQHd, k_BTHd), rows, factor)
+    # Dividing the outputs by the sum of weights, not the weights, saves a pass over T x T numbers.
+    wide = dict(preferred_element_type=weights.dtype)
+    z_BHQd = jnp.einsum("BHQT,BTHd->BHQd", weights.astype(v_BTHd.dtype), v_BTHd, **wide)
+    return (z_BHQd / total).astype(v_BTHd.dtype).swapaxes(1, 2)
+
+
+def fused_attention(
+    q_BQHd: Array,
+    k_BTHd: Array,
+    v_BTHd: Array,
+    first: int = 0,
+    factor: KnockoutFactor | None = None,
+    kernel: Kernel = "auto",
+) -> Array:
+    """The same by the fastest means; the weights cannot be seen.
+
+    Args:
+      first: number of the first query row, which `factor` is asked for.
+      kernel: see `Kernel`; knock-outs always take the XLA form.
+    """
+    rows = first + np.arange(q_BQHd.shape[1])
+
+    def whole(q: Array, k: Array, v: Array) -> Array:
+        return attention(q, k, v, rows, factor)
+
+    if factor is None and kernel == "cudnn":
+        return cudnn_attention(q_BQHd, k_BTHd, v_BTHd)
+    by_platform: dict[str, Callable[..., Array]] = {}
+    if factor is None and kernel == "auto" and cudnn_takes(q_BQHd.dtype, q_BQHd.shape[-1]) and cudnn_is_here():
+        by_platform["cuda"] = cudnn_attention
+    if (blocks := cpu_blocks(q_BQHd, k_BTHd)) > 1:
+        by_platform["cpu"] = partial(attention_in_blocks, blocks=blocks, first=first, factor=factor)
+    if not by_platform:
+        return whole(q_BQHd, k_BTHd, v_BTHd)
+    choose = partial(jax.lax.platform_dependent, default=whole, **by_platform)
+    # Rematerialised in a backward pass: else each platform's residuals would be kept for all of them.
+    return jax.checkpoint(choose, prevent_cse=False)(q_BQHd, k_BTHd, v_BTHd)
+
+
+# --- on a CPU: query rows in blocks whose scores stay in the caches
 
 CPU_BYTES = 2**24
-"""As much of one image's scores as is written out at once on a CPU: what leaves the caches costs more than twice."""
+"""As much of the scores as is written out at once on a CPU: what leaves the caches costs more than twice."""
 
 
-def cpu_pieces(q_BQHd: Array, k_BTHd: Array) -> int:
-    """Into how many pieces the query rows of each image are split; 1 for all images and rows at once.
-
-    Only on a CPU, and not where images may be spread over several devices.
-    """
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+def cpu_blocks(q_BQHd: Array, k_BTHd: Array) -> int:
+    """Into how many blocks the query rows are split on a CPU. The batch stays whole, as it may be sharded."""
+    B, Q, H, _ = q_BQHd.shape
+    if not all(isinstance(n, int) for n in (B, Q)):  # exported with a symbolic size
         return 1
-    _, Q, H, _ = q_BQHd.shape
-    return -(-H * Q * k_BTHd.shape[1] * max(q_BQHd.dtype.itemsize, 4) // CPU_BYTES)
+    scores = B * H * Q * k_BTHd.shape[1] * max(q_BQHd.dtype.itemsize, 4)
+    return min(-(-scores // CPU_BYTES), max(Q // 32, 1))
 
 
-def attention(q_BQHd: Array, k_BTHd: Array, v_BTHd: Array) -> Array:
-    """The same, with all scores written out."""
-    scores = scaled_scores(q_BQHd, k_BTHd)
-    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))  # cancels
-    weights = jnp.exp(scores - top)
-    # Dividing the outputs by the sum of weights, not the weights, saves a pass over T x T numbers.
-    z_BHQd = jnp.einsum("BHQT,BTHd->BHQd", weights.astype(v_BTHd.dtype), v_BTHd, preferred_element_type=scores.dtype)
-    return (z_BHQd / weights.sum(-1, keepdims=True)).astype(v_BTHd.dtype).swapaxes(1, 2)
+def attention_in_blocks(
+    q_BQHd: Array, k_BTHd: Array, v_BTHd: Array, *, blocks: int, first: int, factor: KnockoutFactor | None
+) -> Array:
+    """`attention`, for `blocks` blocks of query rows one after another."""
+    B, Q, H, d = q_BQHd.shape
+    rows = -(-Q // blocks)
+    padded = jnp.pad(q_BQHd, ((0, 0), (0, rows * blocks - Q), (0, 0), (0, 0)))
+    split = jnp.moveaxis(padded.reshape(B, blocks, rows, H, d), 1, 0)
+    numbers = first + np.arange(rows * blocks).reshape(blocks, rows).clip(max=Q - 1)
+    z = jax.lax.map(lambda block: attention(block[0], k_BTHd, v_BTHd, block[1], factor), (split, jnp.asarray(numbers)))
+    return jnp.moveaxis(z, 0, 1).reshape(B, rows * blocks, H, d)[:, :Q]
 
 
-def cudnn_takes(q_BQHd: Array) -> bool:
-    """Whether cuDNN's flash attention is there for such queries: half precision, on NVIDIA's Ampere or newer."""
-    if q_BQHd.dtype not in (jnp.bfloat16, jnp.float16) or q_BQHd.shape[-1] % 8 or q_BQHd.shape[-1] > 128:
+# --- cuDNN
+
+
+@jax.custom_vjp
+def cudnn_attention(q_BQHd: Array, k_BTHd: Array, v_BTHd: Array) -> Array:
+    return jax.nn.dot_product_attention(q_BQHd, k_BTHd, v_BTHd, implementation="cudnn")
+
+
+def _cudnn_forward(q: Array, k: Array, v: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
+    return jax.vjp(_cudnn_of_even_length, q, k, v)
+
+
+def _cudnn_backward(pull_back: Callable[[Array], tuple[Array, Array, Array]], z_bar: Array) -> tuple[Array, ...]:
+    return pull_back(z_bar)
+
+
+def _cudnn_of_even_length(q_BQHd: Array, k_BTHd: Array, v_BTHd: Array) -> Array:
+    """The same, with one token more where their number is odd that nobody attends to, as cuDNN's backward pass asks."""
+    Q, T = q_BQHd.shape[1], k_BTHd.shape[1]
+    if Q % 2 == 0 and T % 2 == 0:
+        return jax.nn.dot_product_attention(q_BQHd, k_BTHd, v_BTHd, implementation="cudnn")
+    q, k, v = (jnp.pad(a, ((0, 0), (0, a.shape[1] % 2), (0, 0), (0, 0))) for a in (q_BQHd, k_BTHd, v_BTHd))
+    counts = (jnp.full(len(q), n, jnp.int32) for n in (Q, T))
+    lengths = dict(zip(("query_seq_lengths", "key_value_seq_lengths"), counts, strict=True))
+    return jax.nn.dot_product_attention(q, k, v, **lengths, implementation="cudnn")[:, :Q]
+
+
+cudnn_attention.defvjp(_cudnn_forward, _cudnn_backward)
+
+
+def cudnn_takes(dtype: Any, head_size: int) -> bool:
+    """Whether cuDNN's flash attention takes queries of this type and size."""
+    return dtype in (jnp.bfloat16, jnp.float16) and head_size % 8 == 0 and head_size <= 128
+
+
+@cache
+def cudnn_is_here() -> bool:
+    """Whether this machine has an NVIDIA GPU of Ampere or newer: JAX checks cuDNN's version while it traces."""
+    try:
+        device = jax.local_devices(backend="cuda")[0]
+    except RuntimeError:  # no such platform
         return False
-    if jax.default_backend() != "gpu":
-        return False
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", "0"))  # "9.0"; AMD's is "gfx942"
-    return capability.replace(".", "", 1).isdigit() and float(capability) >= 8
+    capability = str(getattr(device, "compute_capability", "0"))
+    return float(capability) >= 8
 
 
-def softmax(scores_BHQT: Array, tap: Tap) -> Array:
-    """The softmax over keys, by way of the site `weights`. A row without any weight is zeros."""
-    if "weights" in tap.edits:
-        # The largest score is that of the keys which are not cut: were one that is cut far above, the others' weights
-        # would underflow. A key is cut where any weight would become 0.
-        some, none = (tap.edited("weights", make(scores_BHQT)) for make in (jnp.ones_like, jnp.zeros_like))
-        counted = jnp.where((some == 0) & (none == 0), -jnp.inf, scores_BHQT)
-    else:
-        counted = jax.lax.stop_gradient(scores_BHQT)  # what is subtracted cancels
-    top = counted.max(-1, keepdims=True)
-    exponents = scores_BHQT - jnp.where(jnp.isneginf(top), 0, top)
-    if "weights" in tap.edits:
-        exponents = jnp.minimum(exponents, 80)  # the weight of a key that is cut must be finite to become 0
-    weights = tap("weights", jnp.exp(exponents))
-    total = weights.sum(-1, keepdims=True)
-    return weights / jnp.where(total == 0, 1, total)
+def check_kernel(kernel: str, dtype: Any, head_size: int, device: jax.Device | str | None) -> None:
+    """Raises a ValueError if `attention=kernel` cannot run in this type, or on this device.
+
+    Args:
+      device: where the program will run, as far as that is known; or the name of its platform.
+    """
+    if kernel not in get_args(Kernel):
+        raise ValueError(f"attention is {kernel!r}; expected 'auto', 'xla' or 'cudnn'")
+    if kernel != "cudnn":
+        return
+    if not cudnn_takes(dtype, head_size):
+        raise ValueError(
+            f"attention='cudnn' takes bfloat16 or float16, and heads of at most 128 channels, a multiple of 8; this "
+            f"model is {np.dtype(dtype).name} with heads of {head_size}: use attention='auto'"
+        )
+    platform = device if isinstance(device, str | None) else device.platform
+    if not cudnn_is_here() or platform not in (None, "gpu", "cuda"):
+        where = f"the device is a {platform}" if cudnn_is_here() else "this machine has none"
+        raise ValueError(f"attention='cudnn' needs an NVIDIA GPU of Ampere or newer, and {where}: use attention='auto'")

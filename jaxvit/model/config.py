@@ -24,7 +24,7 @@ FinalNorm = Literal["tokens", "pooled", "none"]
 
 Pool = Literal["cls", "mean", "cls_mean", "attention", "distilled"]
 """What `Output.pooled` is: [CLS]; the mean of the patches; both, one after the other (2 D numbers); what a learned
-query attends to (`jaxvit.model.heads`); or the mean of [CLS] and the last register, in a distilled DeiT its second one."""
+query attends to (`jaxvit.model.heads`); or the mean of [CLS] and the last register: a distilled DeiT's second."""
 
 Rope = Literal["float32", "bfloat16"]
 """Rotary positions as in DINOv3, with periods in this type: its training rounded them, its later ports do not."""
@@ -98,8 +98,9 @@ class ViTConfig:
       final_norm: where the norm after the blocks stands.
       pool: what tokens are pooled to.
       pool_prefix: whether an attention pool also reads the tokens before the patches.
-      classes: size of the linear layer on what is pooled, `Output.logits`; 0 for none. A CLIP's projection is one.
-      head_bias: whether that layer has a bias.
+      classes: size of the classifier of what is pooled, `Output.logits`; 0 for none.
+      projection: size of a CLIP's linear map, without bias, of what is pooled into the space shared with texts,
+        `Output.projection`; 0 for none.
       resampling: the rule that brings positions to another grid. It belongs to the checkpoint's *source*: the same
         weights give different features at 224 px in different libraries.
       preprocess: how images are prepared.
@@ -133,7 +134,7 @@ class ViTConfig:
     pool: Pool = "cls"
     pool_prefix: bool = False
     classes: int = 0
-    head_bias: bool = True
+    projection: int = 0
     resampling: Resampling = "bicubic_antialias"
     preprocess: Preprocess = Preprocess()
     origin: str = field(default="", compare=False, repr=False)
@@ -143,11 +144,13 @@ class ViTConfig:
         for name in ("depth", "width", "heads", "hidden", "patch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if min(self.registers, self.classes) < 0 or min(self.grid) < 1:
+        if min(self.registers, self.classes, self.projection) < 0 or min(self.grid) < 1:
             raise ValueError(
-                f"registers ({self.registers}) and classes ({self.classes}) cannot be negative, "
-                f"nor a grid ({self.grid}) be empty"
+                f"registers ({self.registers}), classes ({self.classes}) and projection ({self.projection}) cannot be "
+                f"negative, nor a grid ({self.grid}) be empty"
             )
+        if self.classes and self.projection:
+            raise ValueError("a model has a classifier or a projection, not both")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of the number of heads, {self.heads}")
         for name, kinds in CHOICES.items():

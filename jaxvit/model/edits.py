@@ -5,8 +5,8 @@ Every edit has one form. With a mask m between 0 and 1, and what the edit puts i
     x <- (1 - m) x + m replacement(x)
 
 which is x at m = 0 and the replacement at m = 1, both exactly, and whose derivative in m is what attribution patching
-needs. `Edit`, whose replacement is scale x + shift, covers all but what depends on other activations of the same run:
-`Shuffle` and `Relocate`.
+needs. `Edit`, whose replacement is scale x + shift, covers all but three: `Shuffle` and `Relocate` depend on other
+activations of the same run, and `Knockout` adds log(1 - m) to attention scores.
 
 A model takes a mapping of sites to edits. The sites are part of the program, every array is data: other values never
 compile anything again, `jax.vmap` over masks runs many interventions at once, and `jax.grad` goes through.
@@ -53,6 +53,10 @@ class Operation(ABC):
     @abstractmethod
     def replacement(self, site: str, x: Array, prefix: int) -> Array:
         """What stands in place of x where the mask is 1. The arrays have lost their layer axis."""
+
+    def derivative(self, site: str, x: Array, prefix: int) -> Array:
+        """How x changes to first order as the mask goes from 0 to where it is."""
+        return self(site, x, prefix) - x
 
     @abstractmethod
     def token_axes(self) -> dict[str, Over | None]:
@@ -173,6 +177,59 @@ class Relocate(Operation):
         return ["moves values between tokens, and this site has two axes of them"] if site in ATTENTION_SITES else []
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["mask"], meta_fields=["mask_over", "queries"])
+@dataclass(frozen=True)
+class Knockout(Operation):
+    """scores <- scores + log(1 - m): cuts attention before the softmax, so that the rest of a row is renormalised.
+
+    The mask is 1 where a query may not attend to a key; a fraction weakens. Stands at the site `scores` alone, and acts
+    after all other edits there. A row of which every key is cut is zeros. Computed as a factor 1 - m on the weights
+    before they are normalised: exact at m = 1, with finite gradients, and without writing out the weights of patches.
+
+    Attributes:
+      mask: as of `Edit`, [L, B, H, Q, T].
+      queries: as of `Edit`.
+
+    Example:
+      model(images, {"scores": Knockout(mask)})  # `jaxvit.knockout` makes masks from names
+    """
+
+    mask: Any
+    mask_over: Over = "groups"
+    queries: Queries = "all"
+
+    def replacement(self, site: str, x: Array, prefix: int) -> Array:
+        return jnp.full_like(x, -jnp.inf)
+
+    def __call__(self, site: str, x: Array, prefix: int) -> Array:
+        rows = np.arange(x.shape[2])
+        return x + jnp.log(self.factor(rows, x.shape[3], prefix, x.dtype))
+
+    def derivative(self, site: str, x: Array, prefix: int) -> Array:
+        return self.factor(np.arange(x.shape[2]), x.shape[3], prefix, x.dtype) - jnp.ones_like(x)
+
+    def factor(self, rows: Array | np.ndarray, tokens: int, prefix: int, dtype: np.dtype) -> Array:
+        """1 - mask for these query rows, [B or 1, H or 1, Q or 1, T or 1]."""
+        m = jnp.asarray(self.mask, dtype)
+        if not m.ndim:
+            m = m.reshape(1, 1, 1, 1)
+        if self.mask_over == "groups" and m.shape[3] > 1:
+            m = spread(m, 3, tokens, prefix)
+        within = jnp.asarray(rows < prefix)[:, None]
+        if m.shape[2] > 1:
+            places = rows if self.mask_over == "tokens" else jnp.minimum(jnp.asarray(rows), prefix)
+            m = jnp.take(m, jnp.asarray(places), axis=2, mode="clip")
+        if self.queries == "prefix":
+            m = jnp.where(within[None, None], m, 0)
+        return 1 - m
+
+    def token_axes(self) -> dict[str, Over | None]:
+        return {"mask": self.mask_over}
+
+    def problems(self, site: str, sizes: Mapping[str, int]) -> list[str]:
+        return [] if site == "scores" else ["cuts attention before the softmax: it stands at 'scores' alone"]
+
+
 Edits = Mapping[str, Operation | Sequence[Operation]]
 """Site -> an edit, or several that are applied in order."""
 
@@ -203,8 +260,8 @@ def spread(a: Array, axis: int, tokens: int, prefix: int) -> Array:
     return jnp.concatenate([jax.lax.slice_in_dim(a, 0, prefix, axis=axis), patches], axis=axis)
 
 
-def listed(edits: Edits | None) -> dict[str, tuple[Operation, ...]]:
-    """The edits of every site as a tuple.
+def normalise_edits(edits: Edits | None) -> dict[str, tuple[Operation, ...]]:
+    """The edits of every site as a tuple; sites without any are left out.
 
     Raises:
       ValueError: an unknown site, or something that is no edit.
@@ -222,8 +279,7 @@ def listed(edits: Edits | None) -> dict[str, tuple[Operation, ...]]:
 def check_edits(edits: Mapping[str, Sequence[Operation]], sizes: Mapping[str, int]) -> None:
     """Raises a ValueError that lists every array whose shape does not fit, or that holds NaN or infinity.
 
-    The values of arrays that are traced are not known: there, what is not finite reaches what the mask selects. Minus
-    infinity is a score like any other.
+    Traced values are not checked: NaN then propagates where the mask is not zero. Minus infinity is a valid score.
 
     Args:
       sizes: axis name -> size, of the letters in `SITES`, L and P.
@@ -231,6 +287,8 @@ def check_edits(edits: Mapping[str, Sequence[Operation]], sizes: Mapping[str, in
     wrong = []
     for site, each in edits.items():
         for edit in each:
+            if site in ATTENTION_SITES and edit.queries == "prefix" and not sizes["P"]:
+                wrong.append(f"queries='prefix' at {site!r} edits nothing: this model has no class token or registers")
             of_arrays = [problem for name in edit.token_axes() for problem in _unfit(edit, name, site, sizes)]
             of_whole = [] if of_arrays else edit.problems(site, sizes)
             wrong += of_arrays + [f"the {type(edit).__name__} at {site!r} {problem}" for problem in of_whole]
@@ -284,8 +342,8 @@ def by_layer(edits: Any, depth: int) -> tuple[list[Array], Callable[[Sequence[Ar
 def merge(*edits: Edits, in_order: bool = False) -> Edits:
     """All edits together.
 
-    Edits of different sites go together as they are. At one site they are applied in the order given, which must not
-    matter: their masks may not meet.
+    Edits of different sites are combined as they are. At one site they are applied in the order given, which must not
+    matter: their masks may not overlap. Those of knock-outs may, as these always come last.
 
     Args:
       in_order: allow masks that meet; the later edit then reads what the earlier one left.
@@ -296,12 +354,13 @@ def merge(*edits: Edits, in_order: bool = False) -> Edits:
     """
     merged: dict[str, tuple[Operation, ...]] = {}
     for more in edits:
-        for site, new in listed(more).items():
+        for site, new in normalise_edits(more).items():
             old = merged.get(site, ())
             if not in_order:
                 for a in old:
                     for b in new:
-                        _check_apart(site, a, b)
+                        if not isinstance(a, Knockout) and not isinstance(b, Knockout):  # which come last anyway
+                            _check_apart(site, a, b)
             merged[site] = old + new
     return {site: each[0] if len(each) == 1 else each for site, each in merged.items()}
 
@@ -323,7 +382,7 @@ def one_of(index: int | Array, *choices: Edits) -> Edits:
             site: tuple(replace(edit, mask=jnp.where(index == i, edit.mask, 0)) for edit in each)
             for site, each in e.items()
         }
-        for i, e in enumerate(map(listed, choices))
+        for i, e in enumerate(map(normalise_edits, choices))
     ]
     return merge(*switched, in_order=True)
 

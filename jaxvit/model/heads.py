@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
 from jaxvit.model.attention import fused_attention
 from jaxvit.model.config import ViTConfig
-from jaxvit.model.layers import ACTIVATIONS, make_norm
+from jaxvit.model.layers import ACTIVATIONS, Linear, make_norm
 
 
 class ClsPool(nnx.Module):
@@ -58,20 +59,20 @@ class AttentionPool(nnx.Module):
 
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
         self.latent = nnx.Param(nnx.initializers.truncated_normal(c.width**-0.5)(rngs.params(), (c.width,)))
-        self.q = nnx.Linear(c.width, c.width, rngs=rngs)
-        self.kv = nnx.Linear(c.width, 2 * c.width, rngs=rngs)
-        self.proj = nnx.Linear(c.width, c.width, rngs=rngs)
+        self.q = Linear(c.width, c.width, True, rngs)
+        self.kv = Linear(c.width, (2, c.heads, c.head_size), True, rngs)
+        self.proj = Linear(c.width, c.width, True, rngs)
         self.norm = make_norm(c)
-        self.fc1 = nnx.Linear(c.width, c.hidden, rngs=rngs)
-        self.fc2 = nnx.Linear(c.hidden, c.width, rngs=rngs)
-        self.heads, self.prefix_too, self.activation = c.heads, c.pool_prefix, c.mlp
+        self.fc1 = Linear(c.width, c.hidden, True, rngs)
+        self.fc2 = Linear(c.hidden, c.width, True, rngs)
+        self.prefix_too, self.activation = c.pool_prefix, c.mlp
 
     def __call__(self, x_BTD: Array, prefix: int) -> Array:
         x = x_BTD if self.prefix_too else x_BTD[:, prefix:]
-        B, T, D = x.shape
-        k, v = jnp.unstack(self.kv(x).reshape(B, T, 2, self.heads, D // self.heads), axis=2)
-        q_BHd = jnp.broadcast_to(self.q(self.latent[...]).reshape(1, 1, self.heads, -1), (B, 1, *k.shape[2:]))
-        x = self.proj(fused_attention(q_BHd, k, v).reshape(B, D))
+        k, v = jnp.unstack(self.kv(x), axis=2)
+        query = self.q(self.latent[...]).reshape(1, 1, *k.shape[2:])
+        q_BQHd = jnp.zeros_like(k[:, :1]) + query  # and not a broadcast: the batch may be sharded
+        x = self.proj(jax.lax.collapse(fused_attention(q_BQHd, k, v)[:, 0], 1))
         return x + self.fc2(ACTIVATIONS[self.activation](self.fc1(self.norm(x))))
 
 
@@ -85,11 +86,11 @@ POOLS: dict[str, Callable[[ViTConfig, nnx.Rngs], Callable[[Array, int], Array]]]
 
 
 class LinearHead(nnx.Module):
-    """A linear layer on what is pooled."""
+    """A classifier of what is pooled, or a CLIP's projection of it."""
 
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
         width = 2 * c.width if c.pool == "cls_mean" else c.width
-        self.linear = nnx.Linear(width, c.classes, use_bias=c.head_bias, rngs=rngs)
+        self.linear = Linear(width, c.classes or c.projection, c.classes > 0, rngs)
 
     def __call__(self, pooled_BD: Array, x_BTD: Array, prefix: int) -> Array:
         return self.linear(pooled_BD)
@@ -99,9 +100,7 @@ class DistilledHead(nnx.Module):
     """The mean of two classifiers, one of [CLS] and one of the distillation token."""
 
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
-        self.linear, self.distilled = (
-            nnx.Linear(c.width, c.classes, use_bias=c.head_bias, rngs=rngs) for _ in range(2)
-        )
+        self.linear, self.distilled = (Linear(c.width, c.classes, True, rngs) for _ in range(2))
 
     def __call__(self, pooled_BD: Array, x_BTD: Array, prefix: int) -> Array:
         return (self.linear(x_BTD[:, 0]) + self.distilled(x_BTD[:, prefix - 1])) / 2
@@ -112,6 +111,6 @@ def no_head(pooled_BD: Array, x_BTD: Array, prefix: int) -> None:
 
 
 def make_head(c: ViTConfig, rngs: nnx.Rngs) -> Callable[[Array, Array, int], Array | None]:
-    if not c.classes:
+    if not c.classes and not c.projection:
         return no_head
     return DistilledHead(c, rngs) if c.pool == "distilled" else LinearHead(c, rngs)

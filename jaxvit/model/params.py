@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxvit.model.config import ViTConfig
 from jaxvit.model.vit import Output, ViT
 
 Params = dict[str, Any]
-"""Dotted parameter name -> array. Those of the blocks have a leading axis L: `blocks.attn.qkv.kernel` is [L, D, 3D]."""
+"""Dotted parameter name -> array; of the blocks with an axis L in front: `blocks.attn.qkv.kernel` [L, D, 3, H, d]."""
 
 
 def abstract(config: ViTConfig) -> ViT:
@@ -49,6 +50,20 @@ def from_params(config: ViTConfig, params: Mapping[str, Any]) -> ViT:
     model = jax.tree.unflatten(structure, [params[name] for name in names])
     model.config = config  # the structure is kept for all configs that compare equal, whatever their origin
     return model
+
+
+def matrix_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a parameter whose linear layers are plain matrices [inputs, outputs], without axes of heads.
+
+    The numbers are the same, in the same order: checkpoints of PyTorch are read and written in this shape.
+    """
+    layers, shape = (tuple(shape[:1]), shape[1:]) if name.startswith("blocks.") else ((), shape)
+    if name.endswith(".kernel"):
+        inputs = 2 if name.endswith(".attn.proj.kernel") else 1
+        return (*layers, math.prod(shape[:inputs]), math.prod(shape[inputs:]))
+    if name.endswith(".bias"):
+        return (*layers, math.prod(shape))
+    return (*layers, *shape)
 
 
 def functional(model: ViT) -> tuple[Callable[..., Output], Params]:

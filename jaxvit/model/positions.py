@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxvit.model.config import Resampling, Rope
+from jaxvit.model.layers import wide_dtype
 
 
 def cubic(x: np.ndarray, a: float) -> np.ndarray:
@@ -52,14 +53,18 @@ def resampling_matrix(n_in: int, n_out: int, rule: Resampling) -> np.ndarray:
 def resample_positions(
     positions_hwD: Float[Array, "h w D"], grid: tuple[int, int], rule: Resampling
 ) -> Float[Array, "h2 w2 D"]:
-    """Positions for a grid of another size; on their own grid they are returned unchanged."""
+    """Positions for a grid of another size; on their own grid they are returned unchanged.
+
+    Computed in at least float32, and returned so: the sum with the tokens is what is rounded.
+    """
     if positions_hwD.shape[:2] == grid:
         return positions_hwD
+    wide = positions_hwD.astype(wide_dtype(positions_hwD.dtype))
     rows, columns = (
-        jnp.asarray(resampling_matrix(n_in, n_out, rule), positions_hwD.dtype)
+        jnp.asarray(resampling_matrix(n_in, n_out, rule), wide.dtype)
         for n_in, n_out in zip(positions_hwD.shape[:2], grid, strict=True)
     )
-    return jnp.einsum("ih,hwd,jw->ijd", rows, positions_hwD, columns, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("ih,hwd,jw->ijd", rows, wide, columns, precision=jax.lax.Precision.HIGHEST)
 
 
 def rope_periods(head_size: int, base: float, rounded: Rope) -> np.ndarray:
@@ -69,9 +74,9 @@ def rope_periods(head_size: int, base: float, rounded: Rope) -> np.ndarray:
 
 
 def rope_angles(grid: tuple[int, int], periods: np.ndarray) -> np.ndarray:
-    """[N, d / 2] float64: by how much each plane of a patch's queries and keys is turned.
+    """[N, d / 2] float64: the angle by which each plane of a patch's queries and keys is rotated.
 
-    The first half of the planes turns with the row of the patch's centre, the second with its column, both measured
+    The first half of the planes rotates with the row of the patch's centre, the second with its column, both measured
     from -1 to 1 over the image (DINOv3: `RopePositionEmbedding` with normalize_coords="separate").
     """
     rows, columns = (2 * (np.arange(n) + 0.5) / n - 1 for n in grid)
@@ -79,17 +84,20 @@ def rope_angles(grid: tuple[int, int], periods: np.ndarray) -> np.ndarray:
     return (2 * np.pi * centres[:, :, None] / periods).reshape(len(centres), -1)
 
 
-def rotation(
+def rotary(
     grid: tuple[int, int], head_size: int, base: float, rounded: Rope, prefix: int
 ) -> Callable[[Float[Array, "B T H d"]], Float[Array, "B T H d"]]:
-    """Turns queries or keys: plane j of a patch is its entries j and j + d / 2. The tokens before patches stay."""
+    """`apply_rope`, which rotates plane j of a patch's query or key: its entries j and j + d / 2. The tokens before the
+    patches stay as they are. Computed in at least float32 and rounded once.
+    """
     angles = rope_angles(grid, rope_periods(head_size, base, rounded))
     still = np.zeros((prefix, angles.shape[1]))
     cos, sin = (np.tile(f(np.concatenate([still, angles])), 2) for f in (np.cos, np.sin))
 
-    def turn(x_BTHd: Array) -> Array:
-        first, second = jnp.split(x_BTHd, 2, axis=-1)
-        c, s = (jnp.asarray(a, x_BTHd.dtype)[None, :, None] for a in (cos, sin))
-        return x_BTHd * c + jnp.concatenate([-second, first], axis=-1) * s
+    def apply_rope(x_BTHd: Array) -> Array:
+        x = x_BTHd.astype(wide_dtype(x_BTHd.dtype))
+        first, second = jnp.split(x, 2, axis=-1)
+        c, s = (jnp.asarray(a, x.dtype)[None, :, None] for a in (cos, sin))
+        return (x * c + jnp.concatenate([-second, first], axis=-1) * s).astype(x_BTHd.dtype)
 
-    return turn
+    return apply_rope

@@ -1,4 +1,4 @@
-"""The values inside a model that have a name, and what of them a run keeps.
+"""The values inside a model that have a name, and which of them a run records.
 
 Axes: B batch, T tokens, D width, H heads, d head size, F hidden, L depth, P prefix = [CLS] and registers, Q query rows
 (P or T).
@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 SITES = {
     "resid_pre": "B T D",  # input of the block; of block 0: the embedding
@@ -17,8 +19,7 @@ SITES = {
     "k": "B T H d",
     "v": "B T H d",
     "scores": "B H Q T",  # after 1/sqrt(d), before the softmax
-    "weights": "B H Q T",  # exp(scores - the row's largest that is not cut): the softmax before its division
-    "pattern": "B H Q T",  # weights / their sum; zeros where that is 0
+    "pattern": "B H Q T",  # after the softmax; a row of which every key is knocked out is zeros
     "z": "B T H d",  # outputs of the heads, before the output projection
     "attn_out": "B T D",  # after LayerScale: what is added to the stream
     "skip_attn": "B T D",  # the identity branch it is added to
@@ -31,7 +32,7 @@ SITES = {
 }
 """Every value that can be recorded and edited, in order of computation, with its axes in one layer."""
 
-ATTENTION_SITES = ("scores", "weights", "pattern")
+ATTENTION_SITES = ("scores", "pattern")
 
 
 def check_sites(names: Iterable[str]) -> None:
@@ -45,24 +46,53 @@ class Take:
     """What to record of a site.
 
     Attributes:
-      layers: one layer, several, or None for all; negative ones count from the end. Traces are in order of depth.
+      layers: one layer, several, or None for all; negative ones count from the end. The leading axis of the trace
+        follows the order given here: after `Take(layers=(-1, 0))`, entry 0 is the last layer.
       tokens: `prefix` keeps [CLS] and the registers, `all` keeps every token; at the attention sites these are the
-        query rows. None: the prefix at those sites, whose full size is T x T a head, and all tokens elsewhere.
+        query rows. None: all tokens; at the attention sites, whose full size is T x T a head, the prefix (all rows of a
+        model that has no prefix).
+
+    Example:
+      model(images, record={"pattern": Take(layers=-1), "resid_post": Take(layers=(0, 5), tokens="prefix")})
     """
 
-    layers: int | tuple[int, ...] | None = None
+    layers: int | Iterable[int] | np.ndarray | None = None
     tokens: Literal["prefix", "all"] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, str | slice):
-            raise ValueError(f"layers is {self.layers!r}; expected a number, several, or None for all")
+        layers = self.layers
+        if isinstance(layers, Iterable) and not isinstance(layers, str | Mapping | set | frozenset):
+            layers = tuple(layers)
+        several = layers if isinstance(layers, tuple) else () if layers is None else (layers,)
+        if not all(isinstance(one, int | np.integer) and not isinstance(one, bool) for one in several):
+            raise ValueError(f"layers is {self.layers!r}; expected a number, several in order, or None for all")
+        object.__setattr__(self, "layers", tuple(map(int, several)) if isinstance(layers, tuple) else layers)
         if self.tokens not in ("prefix", "all", None):
             raise ValueError(f"tokens is {self.tokens!r}; expected 'prefix', 'all' or None")
 
 
 Record = str | Iterable[str] | Mapping[str, Take]
 """What to record: a site, several, or how much of each."""
-Layer = dict[str, bool]  # what one layer records: site -> whether of all tokens
+
+
+class Run(NamedTuple):
+    """Consecutive layers that record the same: `start` .. `stop` - 1, and (site, whether of all tokens) of each."""
+
+    start: int
+    stop: int
+    wanted: tuple[tuple[str, bool], ...]
+
+
+class Plan(NamedTuple):
+    """What a run records, as a value that can be hashed.
+
+    Attributes:
+      runs: the layers in order of depth, in runs that record the same; each is one scan.
+      order: (site, places of the layers asked for among those recorded in order of depth), where they differ.
+    """
+
+    runs: tuple[Run, ...]
+    order: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 def as_takes(record: Record) -> dict[str, Take]:
@@ -71,25 +101,36 @@ def as_takes(record: Record) -> dict[str, Take]:
     return dict(record) if isinstance(record, Mapping) else {site: Take() for site in names}
 
 
-def recording_plan(record: Record, depth: int, first: int = 0) -> list[tuple[int, int, Layer]]:
-    """Splits layers first .. depth - 1 into runs (start, stop, what to record) that record the same; a scan each.
+def recording_plan(record: Record, depth: int, prefix: int, start: int = 0, stop: int | None = None) -> Plan:
+    """What layers start .. stop - 1 of a model of `depth` layers and `prefix` tokens before the patches record.
 
     Raises:
-      ValueError: an unknown site, or a layer that does not run.
+      ValueError: an unknown site, a layer that does not run, or the prefix of a model that has none.
     """
+    stop = depth if stop is None else stop
     takes = as_takes(record)
     if wrong := [site for site, take in takes.items() if not isinstance(take, Take)]:
         raise ValueError(f"record of {', '.join(map(repr, wrong))} is no Take: write {{'pattern': Take(layers=-1)}}")
     check_sites(takes)
-    if not 0 <= first <= depth:
-        raise ValueError(f"cannot start from layer {first} of a model of {depth} layers")
-    wanted: list[Layer] = [{} for _ in range(depth)]
+    if not 0 <= start <= stop <= depth:
+        raise ValueError(f"cannot run layers {start} to {stop - 1} of a model of {depth} layers, 0 to {depth - 1}")
+    wanted: list[dict[str, bool]] = [{} for _ in range(depth)]
+    order = {}
     for site, take in takes.items():
-        layers = range(first, depth) if take.layers is None else take.layers
-        asked = layers if isinstance(layers, Iterable) else (int(layers),)
+        if take.tokens == "prefix" and not prefix:
+            raise ValueError(
+                f"cannot record the prefix of {site!r}: this model has neither a class token nor registers"
+            )
+        layers = range(start, stop) if take.layers is None else take.layers
+        asked = [layers] if isinstance(layers, int) else list(layers)
         for layer in asked:
-            if not first <= layer % depth or not -depth <= layer < depth:
-                raise ValueError(f"cannot record {site!r} of layer {layer}: layers {first} to {depth - 1} run")
-            wanted[layer % depth][site] = (take.tokens or ("prefix" if site in ATTENTION_SITES else "all")) == "all"
-    runs = itertools.groupby(range(first, depth), key=lambda layer: wanted[layer])
-    return [(run[0], run[-1] + 1, what) for what, group in runs for run in [list(group)]]
+            if not -depth <= layer < depth or not start <= layer % depth < stop:
+                raise ValueError(f"cannot record {site!r} of layer {layer}: layers {start} to {stop - 1} run")
+            in_default = "prefix" if site in ATTENTION_SITES and prefix else "all"
+            wanted[layer % depth][site] = (take.tokens or in_default) == "all"
+        recorded = sorted({layer % depth for layer in asked})
+        if (places := tuple(recorded.index(layer % depth) for layer in asked)) != tuple(range(len(recorded))):
+            order[site] = places
+    runs = itertools.groupby(range(start, stop), key=lambda layer: wanted[layer])
+    each = [(list(group), tuple(what.items())) for what, group in runs]
+    return Plan(tuple(Run(group[0], group[-1] + 1, what) for group, what in each), tuple(order.items()))

@@ -13,18 +13,22 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxvit.io.description import in_words
-from jaxvit.model.attention import Attention, Turn
+from jaxvit.model.attention import Attention, Kernel, Rope
 from jaxvit.model.config import ViTConfig
-from jaxvit.model.edits import Edits, by_layer, check_edits, listed
+from jaxvit.model.edits import Edits
 from jaxvit.model.heads import POOLS, make_head
-from jaxvit.model.layers import LayerScale, identity, make_mlp, make_norm
-from jaxvit.model.positions import resample_positions, rotation
-from jaxvit.model.sites import Record, recording_plan
+from jaxvit.model.layers import LayerScale, Linear, identity, make_mlp, make_norm
+from jaxvit.model.positions import resample_positions
+from jaxvit.model.run import Remat, check_choices, checked_edits, run_blocks
+from jaxvit.model.sites import Plan, Record, recording_plan
 from jaxvit.model.tap import Tap
 from jaxvit.model.tokens import TokenLayout
 
@@ -36,8 +40,9 @@ class Output(NamedTuple):
       cls, registers, patches: after the final norm, if that stands on tokens; `cls` is None without a class token.
       tokens: the whole sequence before the final norm.
       pooled: [CLS], the mean of the patches, or what `config.pool` says, after the final norm.
-      logits: the checkpoint's linear layer on what is pooled: classes, or a CLIP's projection; None without one.
-      trace: site -> [recorded layers, *axes of the site], see `SITES`.
+      logits: the checkpoint's classifier of what is pooled; None without one.
+      projection: what is pooled, in the space a CLIP shares with texts; None without such a projection.
+      trace: site -> [recorded layers, *axes of the site], see `SITES`; layers in the order asked for.
     """
 
     cls: Float[Array, "B D"] | None
@@ -47,6 +52,22 @@ class Output(NamedTuple):
     trace: dict[str, Array]
     pooled: Float[Array, "B D"]
     logits: Float[Array, "B C"] | None
+    projection: Float[Array, "B E"] | None
+
+    def __repr__(self) -> str:
+        """Shapes, not numbers."""
+        fields = self._asdict()
+        trace = ", ".join(f"{site}: {shown(value)}" for site, value in fields.pop("trace").items())
+        return f"Output({', '.join(f'{k}={shown(v)}' for k, v in fields.items())}, trace={{{trace}}})"
+
+
+def shown(value: object) -> str:
+    """An array as its type and shape, float32[2, 5, 384]."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    return repr(value) if shape is None else f"{dtype}{list(shape)}"
+
+
+jax.export.register_namedtuple_serialization(Output, serialized_name="jaxvit.Output")
 
 
 class Block(nnx.Module):
@@ -58,12 +79,14 @@ class Block(nnx.Module):
         self.mlp = make_mlp(c, rngs)
         self.scale1, self.scale2 = (LayerScale(c) if c.layer_scale else identity for _ in range(2))
 
-    def __call__(self, x_BTD: Array, tap: Tap, turn: Turn = identity) -> Array:
+    def __call__(self, x_BTD: Array, tap: Tap, apply_rope: Rope = identity, kernel: Kernel = "auto") -> Array:
         x = tap("resid_pre", x_BTD)
-        attn_out = tap("attn_out", self.scale1(self.attn(self.norm1(x), tap, turn)))
-        x = tap("resid_mid", tap("skip_attn", x) + attn_out)
-        mlp_out = tap("mlp_out", self.scale2(self.mlp(self.norm2(x), tap)))
-        return tap("resid_post", tap("skip_mlp", x) + mlp_out)
+        with jax.named_scope("attention"):
+            attn_out = tap("attn_out", self.scale1(self.attn(self.norm1(x), tap, apply_rope, kernel)))
+            x = tap("resid_mid", tap("skip_attn", x) + attn_out)
+        with jax.named_scope("mlp"):
+            mlp_out = tap("mlp_out", self.scale2(self.mlp(self.norm2(x), tap)))
+            return tap("resid_post", tap("skip_mlp", x) + mlp_out)
 
 
 class ViT(nnx.Module):
@@ -85,7 +108,7 @@ class ViT(nnx.Module):
             return nnx.Param(token(rngs.params(), (*shape, c.width))) if present else None
 
         # Rows of the kernel: y, x, channel within a patch.
-        self.patch_embed = nnx.Linear(3 * c.patch**2, c.width, use_bias=c.patch_bias, rngs=rngs)
+        self.patch_embed = Linear(3 * c.patch**2, c.width, c.patch_bias, rngs)
         self.patch_norm = make_norm(c, present=c.patch_norm)
         self.cls = tokens(present=c.cls)
         self.registers = tokens(c.registers, present=c.registers > 0)
@@ -105,50 +128,46 @@ class ViT(nnx.Module):
 
     @property
     def layout(self) -> TokenLayout:
-        """The sequence for images of the size the checkpoint's preparation gives; `config.layout` for other sizes."""
+        """The sequence for images of the size the checkpoint's preparation gives.
+
+        For images of another size, call `model.config.layout(height, width)`.
+        """
         return self.config.layout()
 
-    def __call__(self, images: Float[Array, "B H W 3"], edits: Edits | None = None, record: Record = ()) -> Output:
-        """Runs the model.
+    def __call__(
+        self,
+        images: Float[Array, "B H W 3"],
+        edits: Edits | None = None,
+        record: Record = (),
+        *,
+        remat: Remat = "none",
+        attention: Kernel = "auto",
+    ) -> Output:
+        """Runs the model. A call outside of `jax.jit` compiles once for each shape.
 
         Args:
           images: normalised (see `jaxvit.prepare`), sides multiples of the patch size; cast to the parameters' dtype.
           edits: site -> what to change there; see `jaxvit.Edit`, and `ablate`, `patch`, `knockout` .. which make them.
           record: sites to keep, `("pattern", "resid_post")`, or how much of each, `{"pattern": Take(layers=-1)}`;
             after their edits.
+          remat: `block`: a backward pass computes each block again instead of keeping what is inside it.
+          attention: how attention is computed where no weights are recorded or edited: `xla`, `cudnn` (in half
+            precision on an NVIDIA GPU), or `auto`.
 
         Raises:
           ValueError: an image size that is not a multiple of the patch, an unknown site, a layer that is not there,
-            an edit whose arrays do not fit.
-        """
-        grid = self.config.layout(*images.shape[1:3]).grid if images.ndim == 4 else None  # embed explains what is wrong
-        return self.run_from(0, self.embed(images), edits, record, grid)
+            an edit whose arrays do not fit, or a choice of attention that cannot be used here.
 
-    def embed(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B T D"]:
-        """The sequence that enters the first block."""
-        if images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images have shape {images.shape}; expected [batch, height, width, 3 channels]")
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images are {images.dtype}; expected normalised numbers: use jaxvit.prepare")
-        layout, p = self.config.layout(*images.shape[1:3]), self.config.patch
-        B, (rows, columns) = len(images), layout.grid
-        # One axis at a time, which JAX can follow when the batch is sharded.
-        strips = images.astype(self.patch_embed.kernel.dtype).reshape(B, rows, p, columns * p, 3)
-        pixels = strips.reshape(B, rows, p, columns, p, 3).swapaxes(2, 3)
-        patches_BND = self.patch_norm(self.patch_embed(jax.lax.collapse(jax.lax.collapse(pixels, 3), 1, 3)))
-        # One sum of [0, patches] and [cls, registers, positions] instead of a concatenation with tokens that must
-        # first be copied for each image: it holds as it is when images are sharded.
-        before = [] if self.cls is None else [self.cls[...][None]]
-        before += [] if self.registers is None else [self.registers[...]]
-        if self.positions is None:
-            positions = jnp.zeros(patches_BND.shape[1:], patches_BND.dtype)
-        else:
-            positions = resample_positions(self.positions[...], layout.grid, self.config.resampling)
-            positions = positions.reshape(-1, self.config.width)
-        tokens = (
-            jnp.pad(patches_BND, ((0, 0), (layout.prefix, 0), (0, 0))) + jnp.concatenate([*before, positions])[None]
-        )
-        return self.pre_norm(tokens)
+        Example:
+          out = model(images, record={"pattern": Take(layers=-1)})
+          out.trace["pattern"]  # [1, B, H, P, T]
+        """
+        c = self.config
+        grid = self.check_images(images)
+        changes = checked_edits(self, edits, images.shape[0], c.layout(*images.shape[1:3]).tokens)
+        check_choices(self, images, remat, attention)
+        plan = recording_plan(record, c.depth, c.prefix)
+        return _forward(self, images, changes, plan=plan, grid=grid, remat=remat, kernel=attention)
 
     def run_from(
         self,
@@ -157,66 +176,93 @@ class ViT(nnx.Module):
         edits: Edits | None = None,
         record: Record = (),
         grid: tuple[int, int] | None = None,
+        *,
+        remat: Remat = "none",
+        attention: Kernel = "auto",
     ) -> Output:
         """Runs blocks `layer` .. L - 1 and the final norm on the residual stream that enters block `layer`.
 
         `run_from(l, out.trace["resid_pre"][l])` equals the run that was recorded. Layers keep their absolute numbers,
         in `record` and in `edits`, whose arrays have an axis of all L layers.
 
-        `layer` may be a traced integer, so that one program serves every start; then nothing can be recorded, as the
-        number of layers that run is not known, and there is no reverse-mode gradient.
+        Args:
+          layer: 0 .. L; with L only the final norm runs. It may be a traced integer, so that one program serves every
+            start; then nothing can be recorded, there is no reverse-mode gradient, and a number outside gives NaN.
+          resid_BTD: the stream.
+          edits, record, remat, attention: as for the model.
+          grid: rows and columns of patches; models with rotary positions need it.
 
-        `grid`, rows and columns of patches, is needed by models with rotary positions, and by these alone.
+        Raises:
+          ValueError: no such layer, a stream of another width, or what the model raises.
         """
-        if resid_BTD.ndim != 3 or resid_BTD.shape[-1] != self.config.width:
-            raise ValueError(f"the stream has shape {resid_BTD.shape}; expected [batch, tokens, {self.config.width}]")
-        changes = listed(edits)
-        check_edits(changes, self._sizes(*resid_BTD.shape[:2]))
-        scanned, of_layer = by_layer(changes, self.config.depth)
-        turn = self.turn(grid, resid_BTD.shape[1])
-
-        def step(x, block, edits, wanted):
-            tap = Tap(wanted, of_layer(edits), self.prefix)
-            return block(x, tap, turn), tap.trace
-
-        def at_layer(i, x, wanted):
-            at = partial(jax.lax.dynamic_index_in_dim, index=i, axis=0, keepdims=False)
-            block, edits = jax.tree.map(at, (self.blocks, scanned))
-            return step(x, block, edits, wanted)
-
-        if isinstance(layer, jax.Array):
+        c = self.config
+        if resid_BTD.ndim != 3 or resid_BTD.shape[-1] != c.width:
+            raise ValueError(f"the stream has shape {resid_BTD.shape}; expected [batch, tokens, {c.width}]")
+        changes = checked_edits(self, edits, *resid_BTD.shape[:2])
+        check_choices(self, resid_BTD, remat, attention)
+        static = dict(grid=grid, remat=remat, kernel=attention)
+        if isinstance(layer, Tracer):
             if record:
                 raise ValueError("a run from a traced layer records nothing: the number of layers is not known")
-            end = self.config.depth
-            return self._finish(jax.lax.fori_loop(layer, end, lambda i, x: at_layer(i, x, {})[0], resid_BTD), {})
-        x, trace = resid_BTD, {}
-        for start, stop, wanted in recording_plan(record, self.config.depth, layer):
-            if stop - start == self.config.depth:
-                x, new = jax.lax.scan(lambda x, xs: step(x, *xs, wanted), x, (self.blocks, scanned))  # noqa: B023
-            else:  # by number: slices of the parameters for each run would be copies of them
-                x, new = jax.lax.scan(lambda x, i: at_layer(i, x, wanted), x, jnp.arange(start, stop))  # noqa: B023
-            for site, value in new.items():
-                trace.setdefault(site, []).append(value)
-        return self._finish(x, {site: v[0] if len(v) == 1 else jnp.concatenate(v) for site, v in trace.items()})
+            return _forward_from(self, resid_BTD, changes, layer, plan=Plan(()), **static)
+        if np.ndim(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
+            raise ValueError(f"layer is {layer!r}; expected a whole number from 0 to {c.depth}")
+        plan = recording_plan(record, c.depth, c.prefix, int(layer))
+        return _forward_from(self, resid_BTD, changes, None, plan=plan, **static)
 
-    def turn(self, grid: tuple[int, int] | None, tokens: int) -> Turn:
-        """What gives queries and keys in a sequence of `tokens` over a `grid` of patches their rotary positions."""
-        c = self.config
-        if c.rope is None:
-            return identity
-        if grid is None or grid[0] * grid[1] + self.prefix != tokens:
-            raise ValueError(
-                f"a run of {tokens} tokens over a grid of {grid} patches: with rotary positions, give the grid of the "
-                f"images, such as config.layout(height, width).grid"
-            )
-        return rotation(grid, c.head_size, c.rope_base, c.rope, self.prefix)
+    def embed(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B T D"]:
+        """The sequence that enters the first block.
 
-    def _finish(self, tokens_BTD: Array, trace: dict[str, Array]) -> Output:
+        Raises:
+          ValueError: images of a wrong shape or type, or whose sides are not multiples of the patch size.
+        """
+        self.check_images(images)
+        return _embed(self, images)
+
+    def check_images(self, images: Array) -> tuple[int, int]:
+        """Rows and columns of their patches.
+
+        Raises:
+          ValueError: as `embed`.
+        """
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images have shape {images.shape}; expected [batch, height, width, 3 channels]")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images are {images.dtype}; expected normalised numbers: use jaxvit.prepare")
+        return self.config.layout(*images.shape[1:3]).grid
+
+    def embedding(self, images: Array) -> Array:
+        """`embed` as part of a program, without its checks."""
+        layout, p = self.config.layout(*images.shape[1:3]), self.config.patch
+        B, (rows, columns) = images.shape[0], layout.grid
+        with jax.named_scope("embed"):
+            # One axis at a time, which JAX can follow when the batch is sharded.
+            strips = images.astype(self.dtype).reshape(B, rows, p, columns * p, 3)
+            pixels = strips.reshape(B, rows, p, columns, p, 3).swapaxes(2, 3)
+            patches_BND = self.patch_norm(self.patch_embed(jax.lax.collapse(jax.lax.collapse(pixels, 3), 1, 3)))
+            # One sum of [0, patches] and [cls, registers, positions] instead of a concatenation with tokens that must
+            # first be copied for each image: it holds as it is when images are sharded. In half precision positions
+            # are computed in float32, and the sum is rounded once.
+            before = [] if self.cls is None else [self.cls[...][None]]
+            before += [] if self.registers is None else [self.registers[...]]
+            if self.positions is None:
+                positions = jnp.zeros(patches_BND.shape[1:], patches_BND.dtype)
+            else:
+                positions = resample_positions(self.positions[...], layout.grid, self.config.resampling)
+                positions = positions.reshape(-1, self.config.width)
+            added = jnp.concatenate([a.astype(positions.dtype) for a in (*before, positions)])
+            patches_BND = jnp.pad(patches_BND, ((0, 0), (layout.prefix, 0), (0, 0)))
+            return self.pre_norm((patches_BND.astype(added.dtype) + added[None]).astype(patches_BND.dtype))
+
+    def outputs(self, tokens_BTD: Array, trace: dict[str, Array]) -> Output:
+        """What follows the blocks, as part of a program."""
         c = self.config
-        final = self.norm(tokens_BTD) if c.final_norm == "tokens" else tokens_BTD
-        pooled = self.pool(final, self.prefix)
-        if c.final_norm == "pooled":
-            pooled = self.norm(pooled)
+        with jax.named_scope("output"):
+            final = self.norm(tokens_BTD) if c.final_norm == "tokens" else tokens_BTD
+            pooled = self.pool(final, self.prefix)
+            if c.final_norm == "pooled":
+                pooled = self.norm(pooled)
+            head = self.head(pooled, final, self.prefix)
         return Output(
             cls=final[:, 0] if c.cls else None,
             registers=final[:, c.cls : self.prefix],
@@ -224,15 +270,48 @@ class ViT(nnx.Module):
             tokens=tokens_BTD,
             trace=trace,
             pooled=pooled,
-            logits=self.head(pooled, final, self.prefix),
+            logits=head if c.classes else None,
+            projection=head if c.projection else None,
         )
-
-    def _sizes(self, batch: int, tokens: int) -> dict[str, int]:
-        c = self.config
-        axes = {"B": batch, "T": tokens, "D": c.width, "H": c.heads, "d": c.head_size, "F": c.hidden}
-        return {**axes, "L": c.depth, "P": self.prefix}
 
     @property
     def prefix(self) -> int:
         """Number of tokens before the patches: [CLS] and the registers."""
         return self.config.prefix
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the parameters, in which the model computes."""
+        return self.patch_embed.kernel.dtype
+
+
+# The programs of calls outside of `jax.jit`: of a module's level, so that a second call finds the first one's.
+
+
+@partial(jax.jit, static_argnames=("plan", "grid", "remat", "kernel"))
+def _forward(
+    model: ViT, images: Array, edits: object, *, plan: Plan, grid: tuple[int, int], remat: Remat, kernel: Kernel
+) -> Output:
+    ran = run_blocks(model, model.embedding(images), edits, plan, grid=grid, remat=remat, kernel=kernel)
+    return model.outputs(ran.stream, ran.trace)
+
+
+@partial(jax.jit, static_argnames=("plan", "grid", "remat", "kernel"))
+def _forward_from(
+    model: ViT,
+    stream: Array,
+    edits: object,
+    layer: Array | None,
+    *,
+    plan: Plan,
+    grid: tuple[int, int] | None,
+    remat: Remat,
+    kernel: Kernel,
+) -> Output:
+    ran = run_blocks(model, stream, edits, plan, grid=grid, first=layer, remat=remat, kernel=kernel)
+    return model.outputs(ran.stream, ran.trace)
+
+
+@jax.jit
+def _embed(model: ViT, images: Array) -> Array:
+    return model.embedding(images)

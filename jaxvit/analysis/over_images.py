@@ -1,0 +1,67 @@
+"""A measure over any number of images, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jaxvit.io.batches import images_and_valid
+from jaxvit.io.images import Batch
+from jaxvit.io.progress import bar
+from jaxvit.model.programs import Program
+
+
+def over_images(
+    measure: Callable[[Any, Array], Any],
+    model: Any,
+    batches: Iterable[Batch | Array | np.ndarray],
+    *,
+    total: int | None = None,
+    progress: bool = True,
+) -> PyTree[np.ndarray]:
+    """Measures any number of images, batch by batch; the results of all of them, on the host.
+
+        def mass(model, images):
+            pattern = model(images, record={"pattern": Take(layers=-1)}).trace["pattern"][-1]
+            return attention_mass(pattern[:, :, 0].mean(1), model.layout)
+
+        over_images(mass, model, jaxvit.stream(paths, model.config, 16))  # [images, G]
+
+    Args:
+      measure: `measure(model, images)`, a pytree of arrays [B, ..]; is jitted, and compiled once for batches of one
+        shape, also over several calls.
+      batches: as of `jaxvit.stream`, whose images that only fill the last batch are left out; or arrays [B, H, W, 3].
+      total: number of images, for the progress bar.
+
+    Returns:
+      The same pytree, of NumPy arrays [images, ..] in the order of the images.
+
+    Raises:
+      ValueError: no images, or a measure that does not give one entry for each image.
+    """
+
+    run, found = None, []
+    with bar("images", total, progress) as advance:
+        for batch in batches:
+            images, valid = images_and_valid(batch)
+            run = run or _compiled(Program(measure, model, images))
+            values = jax.device_get(run(model, images))
+            for path, value in jax.tree.leaves_with_path(values):
+                if value.shape[:1] != valid.shape:
+                    name = f"measure{jax.tree_util.keystr(path)}"
+                    raise ValueError(f"{name} has shape {list(value.shape)}; expected [{len(valid)} images, ..]")
+            found.append(jax.tree.map(lambda a, valid=valid: a[valid], values))
+            advance(int(valid.sum()))
+    if not found:
+        raise ValueError("no images to measure")
+    return jax.tree.map(lambda *a: np.concatenate(a), *found)
+
+
+@lru_cache(maxsize=16)
+def _compiled(measure: Program) -> Callable[..., Any]:
+    return jax.jit(measure.function)

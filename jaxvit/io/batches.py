@@ -1,0 +1,30 @@
+"""Images as any number of batches, whatever form they are given in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxvit.io.images import Batch
+
+Images = Array | np.ndarray | Batch | Iterable[Array | np.ndarray | Batch]
+"""[B, H, W, 3], or any number of batches, such as of `jaxvit.stream`, whose repeated images do not count."""
+
+
+def batches_of(images: Images) -> Iterable[Array | np.ndarray | Batch]:
+    """Batches, also where one is given as it is."""
+    if isinstance(images, Batch) or (isinstance(images, Array | np.ndarray) and images.ndim < 5):
+        return [images]
+    return images
+
+
+def images_and_valid(batch: Array | np.ndarray | Batch) -> tuple[Array, np.ndarray]:
+    """The images of a batch, and which of them count."""
+    if isinstance(batch, Batch):
+        return batch.images, batch.valid
+    if np.ndim(batch) != 4:
+        raise ValueError(f"images have shape {list(np.shape(batch))}; expected [batch, height, width, 3 channels]")
+    return jnp.asarray(batch), np.ones(len(batch), bool)

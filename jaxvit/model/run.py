@@ -1,0 +1,272 @@
+"""The only loop over blocks: from one layer to another, with edits, with what to record or to measure of each layer.
+
+`ViT.__call__`, `ViT.run_from`, `each_layer`, and all that records, measures or differentiates inside blocks call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, PyTree
+
+from jaxvit.model.attention import Kernel, Rope, check_kernel
+from jaxvit.model.edits import Edits, Operation, by_layer, check_edits, normalise_edits
+from jaxvit.model.layers import identity
+from jaxvit.model.positions import rotary
+from jaxvit.model.programs import Program, is_traced
+from jaxvit.model.sites import Plan, Record, Run, recording_plan
+from jaxvit.model.tap import Tap
+
+if TYPE_CHECKING:
+    from jaxvit.model.vit import Block, ViT
+
+Remat = Literal["none", "block"]
+"""What a backward pass computes again instead of keeping it: nothing, or all inside each block."""
+
+Measure = Callable[[dict[str, Array], "Block", Array], Any]
+"""`measure(trace, block, layer)`: of one layer's trace, without an axis of layers; its block; its number."""
+
+
+class Ran(NamedTuple):
+    """What `run_blocks` returns.
+
+    Attributes:
+      stream: the residual stream after the last layer that ran, before the final norm.
+      trace: site -> [recorded layers, *axes of the site].
+      measured: what the measure gave, with an axis of the layers that ran in front; None without one.
+    """
+
+    stream: Float[Array, "B T D"]
+    trace: dict[str, Array]
+    measured: Any
+
+
+def run_blocks(
+    model: ViT,
+    x_BTD: Array,
+    edits: Mapping[str, tuple[Operation, ...]],
+    plan: Plan,
+    *,
+    grid: tuple[int, int] | None = None,
+    measure: Measure | None = None,
+    first: Array | None = None,
+    remat: Remat = "none",
+    kernel: Kernel = "auto",
+) -> Ran:
+    """Runs the layers of `plan`. Is traced: call it inside of a compiled function.
+
+    Args:
+      edits: as `checked_edits` returns them.
+      grid: rows and columns of patches; models with rotary positions need it.
+      first: a traced number of the layer to start from, in place of the plan's. Then nothing is recorded or measured.
+      remat: what a backward pass computes again.
+      kernel: see `jaxvit.model.attention.Kernel`.
+    """
+    depth = model.config.depth
+    scanned, of_layer = by_layer(edits, depth)
+    apply_rope = rope_for(model, grid, x_BTD.shape[1])
+
+    def step(x: Array, block: Block, edits: list[Array], layer: Array, wanted: Mapping[str, bool]) -> tuple[Array, Any]:
+        tap = Tap(wanted, of_layer(edits), model.prefix)
+        x = block(x, tap, apply_rope, kernel)
+        return x, (tap.trace if measure is None else measure(tap.trace, block, layer))
+
+    if remat == "block":
+        step = jax.checkpoint(step, prevent_cse=False, static_argnums=4)
+
+    def numbered(x: Array, layer: Array, wanted: Mapping[str, bool]) -> tuple[Array, Any]:
+        at = partial(jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False)
+        block, edits = jax.tree.map(at, (model.blocks, scanned))
+        return step(x, block, edits, layer, wanted)
+
+    if first is not None:
+        nothing = Hashed(())
+        x = jax.lax.fori_loop(first, depth, lambda layer, x: numbered(x, layer, nothing)[0], x_BTD)
+        there = (first >= 0) & (first <= depth)
+        return Ran(jnp.where(there, x, jnp.nan), {}, None)  # another layer's answer would be wrong silently
+
+    x, found = x_BTD, []
+    for run in plan.runs:
+        wanted = Hashed(run.wanted)
+        layers = jnp.arange(run.start, run.stop)
+        if run.stop - run.start == depth:
+            x, new = jax.lax.scan(lambda x, xs: step(x, *xs, wanted), x, (model.blocks, scanned, layers))  # noqa: B023
+        else:  # by number: slices of the parameters for each run would be copies of them
+            x, new = jax.lax.scan(lambda x, i: numbered(x, i, wanted), x, layers)  # noqa: B023
+        found.append(new)
+    if measure is not None:
+        return Ran(x, {}, found[0] if found else None)
+    trace: dict[str, Any] = {}
+    for new in found:
+        for site, value in new.items():
+            trace.setdefault(site, []).append(value)
+    trace = {site: v[0] if len(v) == 1 else jnp.concatenate(v) for site, v in trace.items()}
+    for site, places in plan.order:
+        trace[site] = trace[site][np.asarray(places)]
+    return Ran(x, trace, None)
+
+
+class Hashed(dict[str, bool]):
+    """What one layer records, as a static argument."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(tuple(self.items()))
+
+
+def rope_for(model: ViT, grid: tuple[int, int] | None, tokens: int) -> Rope:
+    """What gives queries and keys in a sequence of `tokens` over a `grid` of patches their rotary positions."""
+    c = model.config
+    if c.rope is None:
+        return identity
+    if grid is None or grid[0] * grid[1] + c.prefix != tokens:
+        raise ValueError(
+            f"a run of {tokens} tokens over a grid of {grid} patches: with rotary positions, give the grid of the "
+            f"images, such as config.layout(height, width).grid"
+        )
+    return rotary(grid, c.head_size, c.rope_base, c.rope, c.prefix)
+
+
+def checked_edits(model: ViT, edits: Edits | None, batch: int, tokens: int) -> dict[str, tuple[Operation, ...]]:
+    """The edits of every site as a tuple.
+
+    Raises:
+      ValueError: an unknown site, something that is no edit, or arrays that do not fit this model and these images.
+    """
+    c, every = model.config, normalise_edits(edits)
+    axes = {"B": batch, "T": tokens, "D": c.width, "H": c.heads, "d": c.head_size, "F": c.hidden}
+    check_edits(every, {**axes, "L": c.depth, "P": c.prefix})
+    return every
+
+
+def check_choices(model: ViT, x: Array, remat: str, kernel: str) -> None:
+    """Raises a ValueError that names the argument if one of these words is unknown, or cannot be used here."""
+    if remat not in get_args(Remat):
+        raise ValueError(f"remat is {remat!r}; expected 'none' or 'block'")
+    devices = set() if isinstance(x, Tracer) or not isinstance(x, jax.Array) else x.devices()
+    device = next(iter(devices)) if devices else jax.config.jax_default_device
+    check_kernel(kernel, model.dtype, model.config.head_size, device)
+
+
+def each_layer(
+    model: ViT,
+    images: Float[Array, "B H W 3"],
+    measure: Callable[[dict[str, Array]], Any],
+    record: Record,
+    edits: Edits | None = None,
+    *,
+    start: tuple[int, Float[Array, "B T D"]] | None = None,
+    attention: Kernel = "auto",
+) -> PyTree[Array]:
+    """Runs the model and measures every layer as it is computed, in the memory of one layer's trace.
+
+    A second call with a function that computes the same, and arrays of the same shapes, compiles nothing.
+
+    Args:
+      images, edits, attention: as for the model.
+      measure: function of a trace of one layer, whose arrays have no axis of layers.
+      record: sites to measure; of all layers.
+      start: a layer, and the stream that enters it, to run from there on, as `run_from` does; the images then only
+        tell their size.
+
+    Returns:
+      What `measure` gives, with an axis of the layers that run in front.
+
+    Raises:
+      ValueError: a record of only some layers, or what the model raises.
+
+    Example:
+      flow = each_layer(
+          model, images, lambda trace: attention_flow(trace["pattern"], layout), {"pattern": Take(tokens="all")}
+      )  # [L, B, H, G, G], of patterns that for all layers may take gigabytes
+    """
+
+    def of_trace(trace: dict[str, Array], block: Block, layer: Array) -> Any:
+        return measure(trace)
+
+    return layer_by_layer(model, images, of_trace, record, edits, start=start, attention=attention).measured
+
+
+def layer_by_layer(
+    model: ViT,
+    images: Float[Array, "B H W 3"],
+    measure: Measure,
+    record: Record,
+    edits: Edits | None = None,
+    *,
+    start: tuple[int, Float[Array, "B T D"]] | None = None,
+    stop: int | None = None,
+    attention: Kernel = "auto",
+) -> Ran:
+    """As `each_layer`, with a measure that also reads the layer's block and number, and with the stream at the end.
+
+    Args:
+      stop: run layers up to `stop` - 1; by default all.
+    """
+    c = model.config
+    first, stream = start or (0, None)
+    plan = recording_plan(record, c.depth, c.prefix, first, stop)
+    if len(plan.runs) > 1 or plan.order:
+        raise ValueError("each_layer measures all layers: leave out layers=.. of the sites to record")
+    if stream is not None and (stream.ndim != 3 or stream.shape[-1] != c.width):
+        raise ValueError(f"the stream has shape {stream.shape}; expected [batch, tokens, {c.width}]")
+    grid = model.check_images(images)
+    entering = images if stream is None else stream
+    tokens = c.layout(*images.shape[1:3]).tokens if stream is None else stream.shape[1]
+    every = checked_edits(model, edits, entering.shape[0], tokens)
+    check_choices(model, entering, "none", attention)
+    static = dict(plan=plan, grid=grid, from_images=stream is None, kernel=attention)
+    args = (model, entering, every)
+    if is_traced(args, measure):
+        return _measured(*args, measure, **static)
+    (run,) = plan.runs or (Run(first, first, ()),)
+    trace = _trace_shapes(model, entering, every, run, **static)
+    block = jax.eval_shape(lambda blocks: jax.tree.map(lambda a: a[0], blocks), model.blocks)
+    program = Program(measure, trace, block, jax.ShapeDtypeStruct((), jnp.int32))
+    return _compiled(program)(*args, **static)
+
+
+def _measured(
+    model: ViT,
+    entering: Array,
+    edits: Any,
+    measure: Measure,
+    plan: Plan,
+    grid: tuple[int, int],
+    from_images: bool,
+    kernel: Kernel,
+) -> Ran:
+    stream = model.embedding(entering) if from_images else entering
+    return run_blocks(model, stream, edits, plan, grid=grid, measure=measure, kernel=kernel)
+
+
+@lru_cache(maxsize=64)
+def _compiled(measure: Program) -> Callable[..., Ran]:
+    """`_measured` with this measure; few are kept, as they keep what their functions hold."""
+
+    @partial(jax.jit, static_argnames=("plan", "grid", "from_images", "kernel"))
+    def run(model: ViT, entering: Array, edits: Any, **static: Any) -> Ran:
+        return _measured(model, entering, edits, measure.function, **static)
+
+    return run
+
+
+def _trace_shapes(model: ViT, entering: Array, edits: Any, run: Run, **static: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of one layer's trace."""
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)), (model, entering, edits))
+    leaves, structure = jax.tree.flatten(args)
+    return dict(_shapes_of(tuple(leaves), structure, run, tuple(static.items())))
+
+
+@lru_cache(maxsize=256)
+def _shapes_of(leaves: Any, structure: Any, run: Run, static: tuple[tuple[str, Any], ...]) -> tuple[Any, ...]:
+    def run_it(model: ViT, entering: Array, edits: Any) -> Any:
+        return _measured(model, entering, edits, lambda trace, block, layer: trace, **dict(static)).measured
+
+    found = jax.eval_shape(run_it, *jax.tree.unflatten(structure, leaves)) or {}
+    return tuple((site, jax.ShapeDtypeStruct(a.shape[1:], a.dtype)) for site, a in found.items())
