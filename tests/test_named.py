@@ -250,6 +250,9 @@ def test_one_axis_is_a_line_over_numbers_and_bars_over_words(effect):
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("layer", "change")
     assert all(place == int(place) for place in panel.get_xticks())
     panel = by_control.plot().axes[0]
+    for labels in ((0, 1), (3,), (2, 5)):  # no tick between two layers
+        panel = NamedArray(np.zeros(len(labels)), {"layer": labels}).plot().axes[0]
+        assert list(panel.get_xticks()) == list(labels)
     assert [bar.get_height() for bar in panel.patches] == list(by_control.values)
     assert written(panel.xaxis) == list(CONTROLS)
     panel = NamedArray(np.arange(3.0), {"strength": (0.1, 1.0, 10.0)}).plot().axes[0]
