@@ -10,7 +10,8 @@ from jaxvit.analysis.decompose import each_layer, over_images
 from jaxvit.analysis.named import NamedArray
 from jaxvit.interventions import grids
 from jaxvit.interventions.constructors import (
-    Positions,
+    Registers,
+    TokenIndices,
     ablate,
     amplify,
     freeze_attention,
@@ -48,11 +49,12 @@ __all__ = [
     "NamedArray",
     "Neurons",
     "Output",
-    "Positions",
     "Preprocess",
+    "Registers",
     "Relocate",
     "Shuffle",
     "Take",
+    "TokenIndices",
     "TokenLayout",
     "ViT",
     "ViTConfig",
