@@ -25,11 +25,11 @@ from jaxvit import (
     ActivationStats,
     Grid,
     NamedArray,
+    Registers,
     ViT,
     ViTConfig,
     ablate,
     add_registers,
-    grids,
     one_of,
     replace_by_mean,
     replace_by_noise,
@@ -44,7 +44,7 @@ def which_registers(model: ViT, images: jax.Array) -> NamedArray:
     neighbour = jnp.roll(jnp.arange(len(images)), 1)
 
     def edits(point, clean):
-        where = dict(layers=point["layer"], tokens=point["register"])
+        where = dict(layers=point["layer"], tokens=Registers(point["register"]))
         return one_of(
             point["control"],
             ablate(model, "resid_pre", **where),
@@ -53,8 +53,8 @@ def which_registers(model: ViT, images: jax.Array) -> NamedArray:
             replace_by_shuffle(model, "resid_pre", neighbour, clean.trace["resid_pre"], **where),
         )
 
-    controls, registers = ("zero", "mean", "noise", "shuffle"), grids.groups(model, "registers")
-    grid = Grid(control=controls, register=registers, layer=range(model.config.depth))
+    controls, layers = ("zero", "mean", "noise", "shuffle"), range(model.config.depth)
+    grid = Grid(control=controls, register=range(model.config.registers), layer=layers)
     return sweep(model, images, edits, grid)
 
 

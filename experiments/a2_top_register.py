@@ -6,6 +6,7 @@ Reads the registers where they enter the last block, before and after the first 
 attention reads. The register is the same for all images: the one whose norm before LN1 is highest on average. How often
 it is also the one of highest norm in an image is reported, as are the other registers. With --a2-register argmax,
 dimensions and cosines are of the register of highest norm in each image; `per register` stays that of fixed ones.
+Registers count from 0.
 
 Its dimensions are ranked by their mean size over images, |x|, or with --a2-ranking signed by their mean. The two differ
 where the largest dimensions are negative. Before and after LN1 are ranked each for itself.
@@ -116,7 +117,7 @@ class TopRegister(Experiment):
             ]
         common = set.intersection(*({each["dimension"] for each in top} for top in tops.values()))
         return {
-            "register": register + 1,
+            "register": register,
             "is the argmax": float(first[register]),
             "norms": [summary(norms[:, r]) for r in range(norms.shape[1])],
             "highest norm": summary(norms.max(axis=1)),
@@ -124,7 +125,7 @@ class TopRegister(Experiment):
             "cosine after": float(cosines["after"][at]),
             "per register": [
                 {
-                    "register": r + 1,
+                    "register": r,
                     "is the argmax": float(first[r]),
                     "cosine before": float(cosines["before"][r]),
                     "cosine after": float(cosines["after"][r]),
@@ -201,15 +202,15 @@ class TopRegister(Experiment):
             rows.append(
                 [
                     about.name,
-                    f"{of['register']} of {len(of['norms'])}",
+                    f"{of['register']} (0 to {len(of['norms']) - 1})",
                     percent(of["is the argmax"]),
-                    number((of["norms"][of["register"] - 1] if fixed(of) else of["highest norm"])["mean"], 1),
+                    number((of["norms"][of["register"]] if fixed(of) else of["highest norm"])["mean"], 1),
                     *(number(of[f"cosine {place}"], 4) for place in PLACES),
                     f"{largest['dimension']}: {number(largest['mean'], 1)}",
                 ]
             )
         head = ["model", "register", "highest in", "norm", "cosine before LN1", "after", "largest dimension: mean"]
-        return Table(head, rows, "Cosines are means over all pairs of images; dimensions count from 0.")
+        return Table(head, rows, "Cosines are means over all pairs of images; registers and dimensions count from 0.")
 
     def figures(self, view: View) -> dict[str, Figure]:
         models = ordered({key: view.models[key] for key in view.results})

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from experiments.draw import COLOURS, LABELS, canvas, number, ordered, short
+from experiments.draw import COLOURS, LABELS, canvas, layer_ticks, number, ordered, short
 from experiments.experiment import SOURCES, About, Experiment, Found, Measured, Results, Table, View
 from experiments.trace import Trace, by_source
 from jaxvit import ViT
@@ -61,7 +61,7 @@ class TokenFlow(Experiment):
             "patches of all tokens": patches / (patches + prefix),
         }
         if "each" in clean.sums:
-            names = ["cls", *(f"register {i + 1}" for i in range(about.registers)), "patches"]
+            names = ["cls", *(f"register {i}" for i in range(about.registers)), "patches"]
             numbers["each register"] = {"groups": names, "flow": (clean.sums["each"] / clean.n).tolist()}
         return numbers
 
@@ -84,7 +84,8 @@ class TokenFlow(Experiment):
         figure, axes = canvas(3, len(models), 9.0, 0.7 + 2.2 * len(models), squeeze=False, sharey=True, sharex="row")
         for row, about in zip(axes, models, strict=True):
             numbers = view.results[about.key]
-            layers = np.arange(1, about.depth + 1)
+            layer_ticks(row[0], range(about.depth))
+            layers = np.arange(about.depth)
             for ax, query in zip(row, QUERIES, strict=True):
                 ax.set_ylim(-0.02, 1.02)
                 if query not in numbers["groups"]:

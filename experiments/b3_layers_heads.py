@@ -112,7 +112,7 @@ class LayersHeads(Experiment):
                 rows.append((about.name, str(each["layers"][at]), *told))
         head = ("model", "layer", *(f"CKA {draw.LABELS[name]}" for name in (*PARTS, "skip")))
         head = (*head, "attention on patches", "on registers")
-        return Table(head, rows, "unbiased CKAs; the first is layer 0") if rows else None
+        return Table(head, rows, "unbiased CKAs; layers count from 0") if rows else None
 
     def figures(self, view: View) -> dict[str, Figure]:
         shown = [about for about in draw.ordered(view.models) if about.key in view.results]
@@ -155,6 +155,7 @@ def over_depth(results: Results, shown: list[About]) -> Figure:
                 bottom.plot(each["layers"], positive, marker=".", color=draw.COLOURS[name], label=draw.LABELS[name])
         bottom.set_yscale("log")
         bottom.set_xlabel("layer")
+        draw.layer_ticks(bottom, each["layers"])
     axes[0, 0].set_ylabel("CKA, unbiased")
     axes[1, 0].set_ylabel("mean norm")
     with_all = max(axes[1], key=lambda chart: len(chart.lines))
@@ -182,9 +183,10 @@ def over_heads(results: Results, shown: list[About]) -> Figure:
             image = chart.imshow(values, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
             ticks = np.unique(np.linspace(0, len(values) - 1, 5).round().astype(int))
             chart.set_yticks(ticks, [str(each["layers"][at]) for at in ticks])
+            chart.set_xticks(range(0, values.shape[1], draw.tick_step(values.shape[1])))
             chart.set_title(title)
             chart.set_ylabel("layer" if column is axes.T[0] else "")
-        column[-1].set_xlabel("head")
+        [chart for chart in column if chart.axison][-1].set_xlabel("head")
         column[0].set_title(f"{draw.short(about)}\n{kinds[0][0]}")
     if image is not None:
         figure.colorbar(image, ax=axes, shrink=0.5)

@@ -25,7 +25,19 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.draw import COLOURS, INK, LABELS, canvas, caption, number, ordered, percent, shades, short
+from experiments.draw import (
+    COLOURS,
+    INK,
+    LABELS,
+    canvas,
+    caption,
+    layer_ticks,
+    number,
+    ordered,
+    percent,
+    shades,
+    short,
+)
 from experiments.experiment import About, Experiment, Found, Measured, Option, Results, Table, View, summary
 from experiments.trace import Trace
 from jaxvit import ViT
@@ -118,13 +130,17 @@ class Outliers(Experiment):
                     number(out["mean number"][-1], 2),
                     percent(out["share of patches"][-1]),
                     number(each["norms"]["largest over median"][-1], 2),
-                    percent(massive["share of images"][peak]) + f" (layer {peak + 1})",
+                    percent(massive["share of images"][peak]) + f" (layer {peak})",
                     channels,
                 ]
             )
         head = ["", "outliers an image", "of patches", "largest norm / median", "images with massive", "channels"]
         return (
-            Table(head, rows, "outliers after the last block; massive activations where most images have one")
+            Table(
+                head,
+                rows,
+                "outliers after the last block; massive activations where most images have one; layers count from 0",
+            )
             if rows
             else None
         )
@@ -174,7 +190,8 @@ def norms_figure(view: View, models: list[About]) -> Figure:
     figure, axes = canvas(2, len(models), 9.0, 0.9 + 2.3 * len(models), squeeze=False)
     for (left, right), about in zip(axes, models, strict=True):
         norms = view.results[about.key]["norms"]
-        layers = np.arange(1, about.depth + 1)
+        layers = np.arange(about.depth)
+        layer_ticks(left, layers)
         for name in ("cls", "registers", "patches"):
             if name in norms:
                 left.plot(layers, norms[name], color=COLOURS[name], label=LABELS[name])

@@ -59,8 +59,8 @@ AT_ONCE = 4
 OPTIONS = (
     Option("neurons", 20, "how many neurons are moved", least=1),
     Option("images", 64, "on how many images they are found", least=1),
-    Option("layer", -1, "after which block norms tell outliers; negative: from the end"),
-    Option("top_layer", -1, "neurons are sought up to this layer, and not beyond `layer`"),
+    Option("layer", -1, "after which block, from 0, norms tell outliers; negative: from the end"),
+    Option("top_layer", -1, "neurons are sought up to this layer, from 0, and not beyond `layer`"),
     Option("quantile", 0.995, "of all patches' norms; what is above stands for outliers where there are none", least=0),
     Option("seed", 0, "of the random neurons", least=0),
 )
@@ -268,7 +268,7 @@ def limit_of(norms: Float[Array, "B N"]) -> Float[Array, "B 1"]:
 
 def relocation(wider: ViT, neurons: Float[Array, "L F"]) -> Edits:
     """`jaxvit.test_time_registers`'s edit of the last register of a model, of neurons that are data."""
-    new = [f"register {wider.config.registers}"]
+    new = [f"register {wider.config.registers - 1}"]
     moved = select(wider, "mlp_post", {"tokens": [*new, "patches"]})["mask"]
     to = select(wider, "mlp_post", {"tokens": new})["mask"]
     return {"mlp_post": Relocate(mask=moved * neurons[:, None, None], to=to[:1])}

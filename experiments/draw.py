@@ -184,6 +184,16 @@ def name_models(axes: Axes, names: Sequence[str]) -> None:
     axes.set_xlim(-0.6, len(names) - 0.4)
 
 
+def tick_step(count: int, most: int = 8) -> int:
+    """The smallest of 1, 2, 5, 10, .. that leaves at most so many ticks."""
+    return next(step for step in (1, 2, 5, 10, 20, 50, 100, 10**9) if count <= most * step)
+
+
+def layer_ticks(axes: Axes, layers: Sequence[int]) -> None:
+    """Ticks of the x axis at layers, which count from 0; never between two."""
+    axes.set_xticks(list(layers)[:: tick_step(len(layers))])
+
+
 def number(x: float | None, digits: int = 3) -> str:
     """Rounded; with a true minus sign, and never minus zero; NaN, which results.json has as null, is "undefined"."""
     if x is None or math.isnan(x):

@@ -4,7 +4,8 @@ explorer.html holds the page and a list of what there is; the maps lie beside it
 loaded as scripts when they are asked for: a page opened as a file may load scripts, and nothing else.
 
 Maps are rounded to 8 bits, each with its own scale: attention to 1/255 of its largest value, contributions to 1/127.
-All other numbers are float32. Among the heads, 0 stands for all: mean attention, and contributions summed.
+All other numbers are float32. Before the heads stand all of them together: mean attention, and contributions summed. On
+the page layers, heads, registers, and rows and columns of patches count from 0.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from jaxvit.analysis.named import NamedArray
 from jaxvit.analysis.over_images import over_images
 from jaxvit.interventions import grids
 from jaxvit.interventions.constructors import (
-    Positions,
+    Registers,
+    TokenIndices,
     ablate,
     amplify,
     freeze_attention,
@@ -50,11 +51,12 @@ __all__ = [
     "NamedArray",
     "Neurons",
     "Output",
-    "Positions",
     "Preprocess",
+    "Registers",
     "Relocate",
     "Shuffle",
     "Take",
+    "TokenIndices",
     "TokenLayout",
     "ViT",
     "ViTConfig",

@@ -190,7 +190,7 @@ def explore(page, folder, hash="") -> None:
 
 
 def shown(page, file, *numbers) -> None:
-    """Waits until that is drawn: layer from 1, head from 1 or 0 for all, query from 0."""
+    """Waits until that is drawn: layer and head from 0, head "all" for all; query 0 is [CLS], 1 is register 0."""
     text = " ".join(map(str, (file, *numbers)))
     page.wait_for_function("text => ((document.body.dataset.shown || '') + ' ').startsWith(text + ' ')", arg=text)
 
@@ -209,15 +209,15 @@ def pixels(page, id: str) -> np.ndarray:
     return np.asarray(values).reshape(height, width, 4)
 
 
-def one(e, field: str, layer: int, head: int, query: int) -> np.ndarray:
-    """Numbers of an example; head 0 is all heads."""
-    values = getattr(e, field)[layer - 1, :, query].astype(np.float64)
-    if head:
-        return values[head - 1]
+def one(e, field: str, layer: int, head: int | str, query: int) -> np.ndarray:
+    """Numbers of an example, of a head or "all"."""
+    values = getattr(e, field)[layer, :, query].astype(np.float64)
+    if head != "all":
+        return values[head]
     return values.mean(axis=0) if field in ("attention", "mass") else values.sum(axis=0)
 
 
-def check_maps(page, e, layer: int, head: int, query: int) -> None:
+def check_maps(page, e, layer: int, head: int | str, query: int) -> None:
     """Both canvases show the maps, each over its own range, in colours of the palette."""
     attention = one(e, "attention", layer, head, query).reshape(e.grid)
     place = 255 * attention / attention.max()
@@ -249,25 +249,25 @@ def close(written: str, value: float) -> bool:
     return abs(told(written) - value) <= max(6e-6, 6e-3 * abs(value))
 
 
-def check_numbers(page, e, layer: int, head: int, query: int) -> None:
+def check_numbers(page, e, layer: int, head: int | str, query: int) -> None:
     """The tables beside the maps."""
     mass, parts = (one(e, field, layer, head, query) for field in ("mass", "parts"))
     rows = [row.locator("td.value").all_inner_texts() for row in page.locator("#groups tbody tr").all()]
-    assert len(rows) == len(mass) + (head == 0)
+    assert len(rows) == len(mass) + (head == "all")
     for (m, p), *values in zip(rows, mass, parts, strict=False):
         assert close(m, values[0]) and close(p, values[1])
-    if head == 0:  # the bias is what is missing
+    if head == "all":  # the bias is what is missing
         assert rows[-1][0] == "" and close(rows[-1][1], 1 - parts.sum())
     shares = page.locator("#shares td.value").all_inner_texts()
-    expected = [s for i, s in enumerate(e.shares[layer - 1, query]) if len(shares) == 6 or i != 2]
+    expected = [s for i, s in enumerate(e.shares[layer, query]) if len(shares) == 6 or i != 2]
     assert all(close(written, value) for written, value in zip(shares, expected, strict=True))
 
 
 def test_maps_and_numbers_are_those_of_the_examples(opened, folder):
     explore(opened, folder)
-    shown(opened, "plain-0", 3, 0, 0)  # the last layer, all heads, [CLS]
-    check_maps(opened, EXAMPLES["plain"][0], 3, 0, 0)
-    check_numbers(opened, EXAMPLES["plain"][0], 3, 0, 0)
+    shown(opened, "plain-0", 2, "all", 0)  # the last layer, all heads, [CLS]
+    check_maps(opened, EXAMPLES["plain"][0], 2, "all", 0)
+    check_numbers(opened, EXAMPLES["plain"][0], 2, "all", 0)
     assert opened.locator("#queries button").count() == 1 and not opened.locator("#random").is_visible()
 
 
@@ -275,10 +275,10 @@ def test_choosing_changes_what_is_drawn(opened, folder):
     """Model, image, layer, head and query, each by its own control."""
     explore(opened, folder)
     opened.locator("#model").select_option(label="REG")
-    shown(opened, "reg-0", 3, 0, 0)
+    shown(opened, "reg-0", 2, "all", 0)
     seen = [pixels(opened, "attention")]
 
-    def check(file: int, layer: int, head: int, query: int) -> None:
+    def check(file: int, layer: int, head: int | str, query: int) -> None:
         shown(opened, f"reg-{file}", layer, head, query)
         check_maps(opened, EXAMPLES["reg"][file], layer, head, query)
         check_numbers(opened, EXAMPLES["reg"][file], layer, head, query)
@@ -287,32 +287,32 @@ def test_choosing_changes_what_is_drawn(opened, folder):
         seen.append(now)
 
     opened.locator("#images button").nth(1).click()
-    check(1, 3, 0, 0)
+    check(1, 2, "all", 0)
     assert opened.locator("#image-told").inner_text() == "images/two & more.png"
-    opened.locator("#layer").fill("2")
-    check(1, 2, 0, 0)
-    assert opened.locator("#layer-told").inner_text() == "2 of 3"
-    opened.locator("#head").fill("4")
-    check(1, 2, 4, 0)
-    assert opened.locator("#head-told").inner_text() == "4 of 4"
-    opened.get_by_role("button", name="register 3").click()
-    check(1, 2, 4, 3)
-    assert "of register 3 to each patch, head 4" in opened.locator("#attention-what").inner_text()
-    assert opened.locator("#queries [aria-pressed=true]").inner_text() == "register 3"
+    opened.locator("#layer").fill("1")
+    check(1, 1, "all", 0)
+    assert opened.locator("#layer-told").inner_text() == "1 (0 to 2)"
+    opened.locator("#head").fill("3")
+    check(1, 1, 3, 0)
+    assert opened.locator("#head-told").inner_text() == "3 (0 to 3)"
+    opened.get_by_role("button", name="register 2").click()
+    check(1, 1, 3, 3)
+    assert "of register 2 to each patch, head 3" in opened.locator("#attention-what").inner_text()
+    assert opened.locator("#queries [aria-pressed=true]").inner_text() == "register 2"
 
 
 def test_another_model_keeps_the_image_and_the_last_layer(opened, folder):
     explore(opened, folder)
-    shown(opened, "plain-0", 3)
+    shown(opened, "plain-0", 2)
     opened.locator("#model").select_option(label="DICE (random weights)")
-    shown(opened, "dice-1", 3, 0, 0)  # its second image has the name of the first one's
-    check_maps(opened, EXAMPLES["dice"][1], 3, 0, 0)
+    shown(opened, "dice-1", 2, "all", 0)  # its second image has the name of the first one's
+    check_maps(opened, EXAMPLES["dice"][1], 2, "all", 0)
     assert opened.locator("#random").is_visible()
 
 
 def test_the_scale_of_a_layer_is_that_of_its_heads(opened, folder):
-    explore(opened, folder, "#model=reg&layer=1&head=2")
-    shown(opened, "reg-0", 1, 2, 0)
+    explore(opened, folder, "#model=reg&layer=0&head=1")
+    shown(opened, "reg-0", 0, 1, 0)
     e = EXAMPLES["reg"][0]
     assert close(opened.locator("#attention-top").inner_text(), e.attention[0, 1, 0].max())
     opened.locator("#scale").select_option("layer")
@@ -326,17 +326,17 @@ def test_the_scale_of_a_layer_is_that_of_its_heads(opened, folder):
 
 
 def test_pointing_at_a_patch_reads_it(opened, folder):
-    explore(opened, folder, "#model=reg&layer=2&head=3&query=1")
-    shown(opened, "reg-0", 2, 3, 1)
+    explore(opened, folder, "#model=reg&layer=1&head=2&query=0")
+    shown(opened, "reg-0", 1, 2, 1)
     e = EXAMPLES["reg"][0]
-    attention, contribution = (one(e, field, 2, 3, 1).reshape(e.grid) for field in ("attention", "contribution"))
+    attention, contribution = (one(e, field, 1, 2, 1).reshape(e.grid) for field in ("attention", "contribution"))
     row, column = np.unravel_index(attention.argmax(), e.grid)
-    assert f"Most attended: row {row + 1}, column {column + 1}: attention" in opened.locator("#readout").inner_text()
+    assert f"Most attended: row {row}, column {column}: attention" in opened.locator("#readout").inner_text()
     for picture, (row, column) in zip(opened.locator(".stack").all(), ((0, 0), (3, 4), (2, 1)), strict=True):
         box = picture.bounding_box()
         x, y = ((at + 0.5) / n for at, n in zip((column, row), e.grid[::-1], strict=True))
         opened.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
-        assert opened.locator("#readout").inner_text().startswith(f"row {row + 1}, column {column + 1}: attention")
+        assert opened.locator("#readout").inner_text().startswith(f"row {row}, column {column}: attention")
         values = [told(text) for text in opened.locator("#readout b").all_inner_texts()]
         for value, maps, steps in zip(values, (attention, contribution), (255, 127), strict=True):
             error = abs(value - maps[row, column])
@@ -352,20 +352,20 @@ def test_pointing_at_a_patch_reads_it(opened, folder):
 
 def test_the_keyboard(opened, folder):
     explore(opened, folder, "#model=reg")
-    shown(opened, "reg-0", 3, 0, 0)
+    shown(opened, "reg-0", 2, "all", 0)
     keys = ["ArrowRight", "ArrowLeft", "ArrowDown", "ArrowDown", "ArrowUp", "ArrowLeft", "ArrowLeft", "q", "i"]
-    then = [(0, 3, 0, 0), (0, 2, 0, 0), (0, 2, 1, 0), (0, 2, 2, 0), (0, 2, 1, 0), (0, 1, 1, 0), (0, 1, 1, 0)]
-    then += [(0, 1, 1, 1), (1, 1, 1, 1)]
+    then = [(0, 2, "all", 0), (0, 1, "all", 0), (0, 1, 0, 0), (0, 1, 1, 0), (0, 1, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0)]
+    then += [(0, 0, 0, 1), (1, 0, 0, 1)]
     for key, (file, *numbers) in zip(keys, then, strict=True):
         opened.keyboard.press(key)
         shown(opened, f"reg-{file}", *numbers)
-    check_maps(opened, EXAMPLES["reg"][1], 1, 1, 1)
+    check_maps(opened, EXAMPLES["reg"][1], 0, 0, 1)
     opened.locator("#layer").focus()  # a slider moves by one, not by two
     opened.keyboard.press("ArrowRight")
-    shown(opened, "reg-1", 2, 1, 1)
+    shown(opened, "reg-1", 1, 0, 1)
     opened.locator("#model").focus()  # in a list of choices arrows choose
     opened.keyboard.press("ArrowUp")
-    shown(opened, "plain-0", 2, 1, 0)
+    shown(opened, "plain-0", 1, 0, 0)
 
 
 def test_the_address_tells_the_state_and_brings_it_back(opened, folder):
@@ -373,33 +373,33 @@ def test_the_address_tells_the_state_and_brings_it_back(opened, folder):
     shown(opened, "plain-0")
     opened.locator("#model").select_option(label="REG")
     opened.locator("#images button").nth(1).click()
-    opened.locator("#layer").fill("1")
-    opened.locator("#head").fill("2")
-    opened.get_by_role("button", name="register 2").click()
+    opened.locator("#layer").fill("0")
+    opened.locator("#head").fill("1")
+    opened.get_by_role("button", name="register 1").click()
     opened.locator("#quantity").select_option(label="contribution of registers")
-    shown(opened, "reg-1", 1, 2, 2)
+    shown(opened, "reg-1", 0, 1, 2)
     state = parse_qs(opened.evaluate("location.hash").removeprefix("#"))
-    expected = {"model": "reg", "image": "images/two & more.png", "layer": "1", "head": "2", "query": "2"}
+    expected = {"model": "reg", "image": "images/two & more.png", "layer": "0", "head": "1", "query": "1"}
     assert state == {k: [v] for k, v in (expected | {"scale": "map", "show": "contribution of registers"}).items()}
     opened.reload()
-    shown(opened, "reg-1", 1, 2, 2)
-    check_maps(opened, EXAMPLES["reg"][1], 1, 2, 2)
+    shown(opened, "reg-1", 0, 1, 2)
+    check_maps(opened, EXAMPLES["reg"][1], 0, 1, 2)
     assert opened.locator("#quantity option:checked").inner_text() == "contribution of registers"
-    opened.evaluate("location.hash = '#model=dice&layer=2&head=all&query=cls'")  # a link that someone follows
-    shown(opened, "dice-0", 2, 0, 0)
+    opened.evaluate("location.hash = '#model=dice&layer=1&head=all&query=cls'")  # a link that someone follows
+    shown(opened, "dice-0", 1, "all", 0)
 
 
 @pytest.mark.parametrize("hash", ["#model=none&layer=99&head=99&query=99&image=x", "#layer=-1&head=x&scale=5", "#%"])
 def test_an_address_that_makes_no_sense(opened, folder, hash):
     explore(opened, folder, hash)
     shown(opened, "plain-0")
-    check_numbers(opened, EXAMPLES["plain"][0], 3, 4 if "99" in hash else 0, 0)
+    check_numbers(opened, EXAMPLES["plain"][0], 2, 3 if "99" in hash else "all", 0)
 
 
 def test_the_overview_of_layers_and_heads(opened, folder):
     """Its pixels are the numbers of all heads, and a click chooses a layer and a head."""
-    explore(opened, folder, "#model=reg&query=1&show=attention+on+registers")
-    shown(opened, "reg-0", 3, 0, 1)
+    explore(opened, folder, "#model=reg&query=0&show=attention+on+registers")
+    shown(opened, "reg-0", 2, "all", 1)
     e = EXAMPLES["reg"][0]
     registers = e.mass[:, :, 1, 1:-1].sum(axis=-1).T  # [heads, layers]
     colour = np.array([0xD5, 0x5E, 0x00])
@@ -407,20 +407,20 @@ def test_the_overview_of_layers_and_heads(opened, folder):
     assert np.abs(pixels(opened, "overview")[..., :3] - expected).max() <= 1
     box = opened.locator("#overview").bounding_box()
     opened.locator("#overview").click(position={"x": box["width"] * 1.5 / 3, "y": box["height"] * 2.5 / 4})
-    shown(opened, "reg-0", 2, 3, 1)
+    shown(opened, "reg-0", 1, 2, 1)
     assert close(opened.locator("#overview-what").inner_text().split("Here: ")[1].removesuffix("."), registers[2, 1])
     opened.locator("#quantity").select_option(label="contribution of patches")
     parts = e.parts[:, :, 1, -1].T
     place = np.rint(127 + 127 * parts / np.abs(parts).max()).astype(int)
     assert np.abs(pixels(opened, "overview") - CONTRIBUTION[place].astype(int)).max() <= 6
     opened.locator("#depth").click(position={"x": 5, "y": 20})
-    shown(opened, "reg-0", 1, 3, 1)
+    shown(opened, "reg-0", 0, 2, 1)
 
 
 def test_shares_over_depth_are_stacked(opened, folder):
     """In the middle of each layer's bar, a colour is as high as its share."""
     explore(opened, folder, "#model=reg")
-    shown(opened, "reg-0", 3)
+    shown(opened, "reg-0", 2)
     e = EXAMPLES["reg"][0]
     drawn = pixels(opened, "depth")
     shares = e.shares[:, 0]
@@ -437,7 +437,7 @@ def test_a_phone_stacks_it(browser, folder):
     one = Opened(browser, PHONE, has_touch=True, is_mobile=True)
     page = one.page
     explore(page, folder, "#model=reg")
-    shown(page, "reg-0", 3)
+    shown(page, "reg-0", 2)
     assert overflow(page) <= 0
     boxes = {id: page.locator(f"#{id}").bounding_box() for id in ("photograph", "attention", "contribution", "groups")}
     assert boxes["photograph"]["y"] < boxes["attention"]["y"] == boxes["contribution"]["y"] < boxes["groups"]["y"]
@@ -446,7 +446,7 @@ def test_a_phone_stacks_it(browser, folder):
     assert len({round(box["x"]) for box in sections}) == 1  # one below the other
     assert all(box["x"] + box["width"] <= PHONE["width"] for box in sections)
     page.locator("#attention").tap(position={"x": 3, "y": 3})
-    assert page.locator("#readout").inner_text().startswith("row 1, column 1:")
+    assert page.locator("#readout").inner_text().startswith("row 0, column 0:")
     assert not one.errors
     one.context.close()
 

@@ -137,7 +137,7 @@ def test_the_sequence_is_cls_then_registers_then_patches(registers, grid):
     layout = TokenLayout(registers, grid)
     patches = grid[0] * grid[1]
     assert (layout.prefix, layout.patches, layout.tokens) == (1 + registers, patches, 1 + registers + patches)
-    assert layout.group_names == ("cls", *(f"register {i + 1}" for i in range(registers)), "patches")
+    assert layout.group_names == ("cls", *(f"register {i}" for i in range(registers)), "patches")
     assert layout.groups.tolist() == [*range(1 + registers), *[1 + registers] * patches]
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY, random_images, random_model
 
 import jaxvit
-from jaxvit import ActivationStats, ViTConfig, ablate, replace_by_mean
+from jaxvit import ActivationStats, Registers, ViTConfig, ablate, replace_by_mean
 from jaxvit.model.params import from_params, to_params
 
 pytest.importorskip("onnx")
@@ -42,15 +42,16 @@ def test_points_are_what_single_runs_give(study):
     stats = ActivationStats.collect(model, [images], "resid_pre", progress=False)
     clean = model(images, record="resid_pre")
     for layer in range(3):
-        where = dict(layers=layer, tokens="register 2")
+        where = dict(layers=layer, tokens=Registers(1))
         for control, edits in {
             "zero": ablate(model, "resid_pre", **where),
             "mean": replace_by_mean(model, "resid_pre", stats, **where),
         }.items():
             expected = jaxvit.cls_cosine(model(images, edits), clean)
-            found = effect.select(control=control, register="register 2", layer=layer).values
+            found = effect.select(control=control, register=1, layer=layer).values
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
+    assert effect.axes["register"] == (0, 1, 2)
     # Registers enter the first block alike in all images: there, only zero is another value.
     first = effect.select(layer=0)
     for control in ("mean", "noise", "shuffle"):

@@ -348,7 +348,7 @@ def test_models_without_a_class_token():
     images = jnp.asarray(random_images(model, Size(16, 16))[:2], jnp.float32)
     out = model(images, record="pattern")
     assert out.cls is None and out.registers.shape == (2, 2, 128) and out.trace["pattern"].shape == (2, 2, 2, 2, 18)
-    assert model.layout.group_names == ("register 1", "register 2", "patches")
+    assert model.layout.group_names == ("register 0", "register 1", "patches")
     pixels = torch.tensor(np.asarray(images)).permute(0, 3, 1, 2)
     with torch.inference_mode():
         np.testing.assert_allclose(out.logits, module(pixels).numpy(), atol=1e-5)
@@ -356,7 +356,7 @@ def test_models_without_a_class_token():
         jaxvit.sweep(model, images, lambda p, c: jaxvit.ablate(model, "z", heads=p["head"]), jaxvit.Grid(head=range(2)))
     with pytest.raises(ValueError, match="cls"):
         jaxvit.knockout(model, query="cls", key="registers")
-    jaxvit.knockout(model, query="register 2", key="patches")
+    jaxvit.knockout(model, query="register 1", key="patches")
 
 
 # timm's names ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ pytest.importorskip("timm")
 import convert
 from benchmarks.originals import random_original
 from convert.originals import fold_timm, interpolation
-from jaxvit import Positions, ViTConfig, merge
+from jaxvit import TokenIndices, ViTConfig, merge
 from jaxvit.interventions.constructors import (
     ablate,
     amplify,
@@ -168,7 +168,7 @@ def spans(model):
     """Group of tokens -> where it stands, counted by hand."""
     registers = model.config.registers
     names = {"cls": slice(0, 1), "patches": slice(1 + registers, None), "registers": slice(1, 1 + registers)}
-    names |= {f"register {i}": slice(i, i + 1) for i in range(1, registers + 1)}
+    names |= {f"register {i}": slice(i + 1, i + 2) for i in range(registers)}
     return {name: span for name, span in names.items() if registers or not name.startswith("register")}
 
 
@@ -227,7 +227,7 @@ def test_cutting_attention_to_single_patches_in_every_layer(case):
     layout = model.config.layout(HEIGHT, WIDTH)
     place = layout.prefix + 5
     hooks = [added_to_scores(block, cut(slice(None), place, layout.tokens)) for block in module.blocks]
-    check(case, knockout(model, key=Positions(place, layout)), *hooks)
+    check(case, knockout(model, key=TokenIndices(place, layout)), *hooks)
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -244,7 +244,7 @@ def test_zeroing_attention_after_the_softmax(case, layer):
 def test_removing_registers_is_cutting_their_columns_in_every_layer(case):
     module, model, _ = case
     tokens = model.config.layout(HEIGHT, WIDTH).tokens
-    for which in ("registers", "register 2"):
+    for which in ("registers", "register 1"):
         mask = cut(slice(None), spans(model)[which], tokens)
         check(case, remove_registers(model, which), *(added_to_scores(block, mask) for block in module.blocks))
 
@@ -282,7 +282,7 @@ def test_zeroing_and_steering_tokens_after_a_block(case, layer):
         return x
 
     block = module.blocks[layer]
-    check(case, ablate(model, "resid_post", layers=layer, tokens=Positions(places, layout)), on_output(block, zero))
+    check(case, ablate(model, "resid_post", layers=layer, tokens=TokenIndices(places, layout)), on_output(block, zero))
     check(
         case, steer(model, "resid_post", jnp.asarray(vector.numpy()), layers=layer, tokens="cls"), on_output(block, add)
     )

@@ -14,9 +14,10 @@ from jaxvit import (
     SITES,
     ActivationStats,
     Edit,
-    Positions,
+    Registers,
     Relocate,
     Shuffle,
+    TokenIndices,
     TokenLayout,
     ablate,
     amplify,
@@ -122,14 +123,14 @@ ABLATED = [
     ("k", dict(tokens="cls", channels=[0, -1]), ALL, np.s_[:, 0, :, ::7]),
     ("v", dict(tokens="registers", layers=(-1, 0)), [2, 0], np.s_[:, 1:P]),
     ("resid_post", dict(tokens="patches", layers=[0, 2]), [0, 2], np.s_[:, P:]),
-    ("resid_mid", dict(tokens=("cls", "register 2")), ALL, np.s_[:, [0, 2]]),
+    ("resid_mid", dict(tokens=("cls", "register 1")), ALL, np.s_[:, [0, 2]]),
     ("skip_attn", dict(tokens=3, layers=0), [0], np.s_[:, 3]),
     ("skip_mlp", dict(tokens=-1, layers=0), [0], np.s_[:, P:]),
     ("mlp_out", dict(tokens=[0, 1], layers=np.array([1, -1])), [1, 2], np.s_[:, :2]),
     ("mlp_post", dict(channels=np.array([3, 40]), layers=-2), [1], np.s_[:, :, [3, 40]]),
     ("mlp_pre", dict(tokens="all", channels=range(5), layers=0), [0], np.s_[:, :, :5]),
-    ("attn_out", dict(tokens=Positions([0, 5, -1], LAYOUT), layers=1), [1], np.s_[:, [0, 5, -1]]),
-    ("mlp_out", dict(tokens=Positions(np.arange(T) % 2 == 0, LAYOUT)), ALL, np.s_[:, ::2]),
+    ("attn_out", dict(tokens=TokenIndices([0, 5, -1], LAYOUT), layers=1), [1], np.s_[:, [0, 5, -1]]),
+    ("mlp_out", dict(tokens=TokenIndices(np.arange(T) % 2 == 0, LAYOUT)), ALL, np.s_[:, ::2]),
     ("mlp_out", dict(tokens=np.array([0.0, 0, 1, 0, 1])), ALL, np.s_[:, [2, *range(P, T)]]),
     ("scores", dict(query="cls", layers=1), [1], np.s_[:, :, 0]),
 ]
@@ -188,8 +189,82 @@ def test_there_are_many_ways_to_say_an_index(model, style):
         mask = knockout(model, **{name: STYLES[style](2, 5)})["scores"].mask
         np.testing.assert_array_equal(np.ravel(mask[0]), np.eye(5)[2])
         assert mask.shape[axis] == 5 and mask.shape[7 - axis] == 1
-    mask = ablate(model, "z", tokens=Positions(STYLES[style](9, T), LAYOUT))["z"].mask
+    mask = ablate(model, "z", tokens=TokenIndices(STYLES[style](9, T), LAYOUT))["z"].mask
     np.testing.assert_array_equal(mask[0, 0, :, 0, 0], np.eye(T)[9])
+
+
+@pytest.mark.parametrize("style", range(len(STYLES)))
+def test_a_register_number_is_never_that_of_a_group(model, style):
+    for i, name in enumerate(("register 0", "register 1", "register 2")):
+        chosen = Registers(STYLES[style](i, 3))
+        for site, where in (("z", "tokens"), ("pattern", "key"), ("pattern", "query")):
+            found, named = (ablate(model, site, **{where: what})[site] for what in (chosen, name))
+            np.testing.assert_array_equal(found.mask, named.mask)
+            assert found.queries == named.queries
+    # Beside single tokens, whose masks are over all tokens.
+    both = [
+        ablate(model, "pattern", query=q, key=TokenIndices(9, LAYOUT))["pattern"] for q in (Registers(1), "register 1")
+    ]
+    np.testing.assert_array_equal(both[0].mask, both[1].mask)
+    every = ablate(model, "z", tokens=Registers())["z"].mask
+    np.testing.assert_array_equal(every, ablate(model, "z", tokens="registers")["z"].mask)
+
+
+def test_a_traced_register_number_does_as_a_plain_one(model, bare):
+    @jax.jit
+    def masks(i):
+        cut = knockout(model, query=Registers(i), key=Registers([i, 0]))["weights"]
+        return ablate(model, "z", tokens=Registers(i))["z"].mask, cut.mask, remove_registers(model, i)["scores"].mask
+
+    for i in (0, 1, 2, -1):
+        cut = knockout(model, query=Registers(i), key=Registers((i % 3, 0)))["weights"]
+        expected = (
+            ablate(model, "z", tokens=Registers(i))["z"].mask,
+            cut.mask,
+            remove_registers(model, i)["scores"].mask,
+        )
+        for a, b in zip(masks(i), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert not np.any(masks(3)[0])  # what is not there selects nothing: not the patches
+    with pytest.raises(ValueError, match="registers are selected, and this model has none"):
+        ablate(bare, "z", tokens=Registers(0))
+
+
+SELECTIONS = {"layers": 3, "heads": 4, "channels": 8, "tokens": 5}
+
+
+@pytest.mark.parametrize("axis", [*SELECTIONS, "query", "key", "registers"])
+def test_integers_that_may_be_a_mask_are_refused(model, axis):
+    n = {**SELECTIONS, "query": 5, "key": 5, "registers": 3}[axis]
+    numbers = [1, *[0] * (n - 1)]
+
+    def mask(what):
+        if axis == "registers":
+            return ablate(model, "z", tokens=Registers(what))["z"].mask
+        site = "pattern" if axis in ("query", "key") else "z"
+        return ablate(model, site, **{axis: what})[site].mask
+
+    for given in (numbers, tuple(numbers), np.array(numbers), np.array(numbers, np.uint8), jnp.asarray(numbers)):
+        with pytest.raises(ValueError) as error:
+            mask(given)
+        told = str(error.value)
+        assert f"np.array({[bool(i) for i in numbers]})" in told and "or [0, 1] for the indices" in told, told
+    for same in ([0] * n, [1] * n):
+        with pytest.raises(ValueError, match=rf"or \[{same[0]}\] for the indices"):
+            mask(same)
+    # What the message says to write, and all that has one meaning.
+    np.testing.assert_array_equal(mask(np.array([bool(i) for i in numbers])), mask(0))
+    np.testing.assert_array_equal(mask([0, 1]), mask(range(2)))
+    np.testing.assert_array_equal(mask([*numbers, 0]), mask([0, 1]))
+    np.testing.assert_array_equal(mask([-n, *numbers[1:]]), mask(0))
+    np.testing.assert_array_equal(mask([float(i) for i in numbers]), mask(np.array(numbers, bool)))
+
+
+def test_two_of_two_are_spelled_as_a_range_or_by_name(bare):
+    with pytest.raises(ValueError, match=r"np.array\(\[False, True\]\) for the mask, or range\(2\) for the indices"):
+        ablate(bare, "z", tokens=[0, 1])
+    for all_groups in (range(2), ("cls", "patches"), ("cls", 1), np.ones(2)):
+        assert (np.asarray(ablate(bare, "z", tokens=all_groups)["z"].mask) == 1).all()
 
 
 def test_traced_selections_are_those_of_numbers(model):
@@ -200,7 +275,7 @@ def test_traced_selections_are_those_of_numbers(model):
             ablate(model, "z", layers=[layer, 0], tokens=group)["z"].mask,
             ablate(model, "z", heads=weights)["z"].mask,
             knockout(model, query=group, key=[layer, "cls"])["scores"].mask,
-            ablate(model, "q", tokens=Positions(group, LAYOUT))["q"].mask,
+            ablate(model, "q", tokens=TokenIndices(group, LAYOUT))["q"].mask,
         ]
 
     weights = np.array([0.5, 0.0, 1.0, 0.0])
@@ -211,7 +286,7 @@ def test_traced_selections_are_those_of_numbers(model):
             ablate(model, "z", layers=(0, layer), tokens=group)["z"].mask,
             ablate(model, "z", heads=weights)["z"].mask,
             knockout(model, query=group, key=(0, layer % 5))["scores"].mask,
-            ablate(model, "q", tokens=Positions(group, LAYOUT))["q"].mask,
+            ablate(model, "q", tokens=TokenIndices(group, LAYOUT))["q"].mask,
         ]
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -235,16 +310,16 @@ CUTS = [
     (dict(query="cls", key="registers"), ALL, HEADS, 0, np.s_[1:P], "prefix"),
     (dict(query="registers", key="patches", heads=1, layers=-1), [2], [1], np.s_[1:P], np.s_[P:], "prefix"),
     (dict(query="patches", key="cls", layers=(0, 1)), [0, 1], HEADS, np.s_[P:], 0, "all"),
-    (dict(key="register 2"), ALL, HEADS, np.s_[:], 2, "all"),
+    (dict(key="register 1"), ALL, HEADS, np.s_[:], 2, "all"),
     (dict(query="all", key=(0, 4), heads=[0, 3]), ALL, [0, 3], np.s_[:], [0, *range(P, T)], "all"),
     (dict(query=("cls", "patches"), key="cls"), ALL, HEADS, [0, *range(P, T)], 0, "all"),
-    (dict(query=[0, 4], key="register 1"), ALL, HEADS, [0, *range(P, T)], 1, "all"),
-    (dict(query=-1, key="register 1", queries="all"), ALL, HEADS, np.s_[P:], 1, "all"),
+    (dict(query=[0, 4], key="register 0"), ALL, HEADS, [0, *range(P, T)], 1, "all"),
+    (dict(query=-1, key="register 0", queries="all"), ALL, HEADS, np.s_[P:], 1, "all"),
     (dict(query=0, key="cls", queries="prefix"), ALL, HEADS, 0, 0, "prefix"),
-    (dict(query="cls", key=Positions([7, 9], LAYOUT)), ALL, HEADS, 0, [7, 9], "prefix"),
-    (dict(query=Positions(20, LAYOUT), key=Positions(20, LAYOUT)), ALL, HEADS, 20, 20, "all"),
-    (dict(query=Positions(20, LAYOUT), key="registers"), ALL, HEADS, 20, np.s_[1:P], "all"),
-    (dict(query="register 1", layers=1), [1], HEADS, 1, np.s_[:], "prefix"),
+    (dict(query="cls", key=TokenIndices([7, 9], LAYOUT)), ALL, HEADS, 0, [7, 9], "prefix"),
+    (dict(query=TokenIndices(20, LAYOUT), key=TokenIndices(20, LAYOUT)), ALL, HEADS, 20, 20, "all"),
+    (dict(query=TokenIndices(20, LAYOUT), key="registers"), ALL, HEADS, 20, np.s_[1:P], "all"),
+    (dict(query="register 0", layers=1), [1], HEADS, 1, np.s_[:], "prefix"),
     (dict(queries="prefix", key="patches"), ALL, HEADS, np.s_[:P], np.s_[P:], "prefix"),
 ]
 
@@ -281,9 +356,19 @@ def test_a_knockout_divides_what_is_left_of_a_row_and_zero_attention_does_not(
 def test_removed_registers_are_not_attended_to(model, images):
     edits = remove_registers(model)
     assert_does(model, images, edits, cut(ALL, HEADS, np.s_[:], np.s_[1:P], True), but=("scores",))
-    for which, columns in (("register 2", [2]), (2, [2]), ((1, 3), [1, 3]), (["register 1", 3], [1, 3])):
+    for which, columns in (
+        ("register 1", [2]),
+        (0, [1]),
+        (-1, [3]),
+        ((0, 2), [1, 3]),
+        (["register 0", 2], [1, 3]),
+        (np.array([True, False, True]), [1, 3]),
+        ("registers", [1, 2, 3]),
+    ):
         edits = remove_registers(model, which)
         assert_does(model, images, edits, cut(ALL, HEADS, np.s_[:], columns, True), but=("scores",))
+    edits = remove_registers(model, registers=0, layers=(0, -1))
+    assert_does(model, images, edits, cut([0, 2], HEADS, np.s_[:], [1], True), but=("scores",))
 
 
 @pytest.mark.parametrize("family", ["dinov2 with registers", "dinov2 giant with registers"])
@@ -326,7 +411,12 @@ def test_a_patch_takes_values_with_or_without_layers_of_all_or_some(model, image
         (other, 1, {1: other[1]}),
         (other, np.array([0.0, 1.0, 1.0]), {1: other[1], 2: other[2]}),
         (other[:2], (0, 2), {0: other[0], 2: other[1]}),
-        (other[:2], [2, 0], {0: other[0], 2: other[1]}),  # in order of depth, as recorded
+        (other[:2], (-1, 0), {2: other[0], 0: other[1]}),  # in the order in which layers are asked for
+        (other[1:], np.array([2, 0]), {2: other[1], 0: other[2]}),
+        (other, (1, -1, 0), {1: other[0], 2: other[1], 0: other[2]}),
+        (other, [2, 0], {0: other[0], 2: other[2]}),  # of all layers
+        (other[:2], np.array([True, False, True]), {0: other[0], 2: other[1]}),
+        (other[:2], range(2, 0, -1), {2: other[0], 1: other[1]}),
         (other, None, dict(enumerate(other))),
     ]:
 
@@ -335,6 +425,63 @@ def test_a_patch_takes_values_with_or_without_layers_of_all_or_some(model, image
                 x[:, P:] = expected[layer][:, P:]
 
         assert_does(model, images, patch(model, "resid_post", value, layers=layers, tokens="patches"), change)
+
+
+def test_layers_are_in_the_order_asked_for_everywhere(model, images, clean):
+    """That of a value, of donors, of their order, of frozen attention, and of factors and vectors."""
+    rng = np.random.default_rng(0)
+    layers, orders = (-1, 0), np.array([[1, 0], [0, 0]])
+
+    def same(one, other):
+        (a,), (b,) = one.values(), other.values()
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            mask = np.broadcast_to(
+                np.asarray(a.mask).max(tuple(range(1, np.ndim(a.mask))), keepdims=True), a.mask.shape
+            )
+            at = mask.ravel()[:: mask[0].size] > 0
+            np.testing.assert_array_equal(*((np.asarray(v)[at] if np.shape(v)[:1] == (3,) else v) for v in (x, y)))
+
+    for site, make in (
+        ("pattern", lambda value, **w: freeze_attention(model, value, **w)),
+        ("z", lambda value, **w: patch(model, "z", value, **w)),
+        ("z", lambda value, **w: replace_by_shuffle(model, "z", [1, 0], value, **w)),
+    ):
+        whole = clean[site][:, :, :, :P] if site == "pattern" else clean[site]
+        same(make(whole[[2, 0]], layers=layers), make(whole, layers=(0, 2)))
+        same(make(whole[[1, 2, 0]], layers=(1, 2, 0)), make(whole))
+    by_depth = np.array([[0, 0], [0, 1], [1, 0]])
+    for value in (None, clean["z"], clean["z"][1]):
+        found = replace_by_shuffle(model, "z", orders, value, layers=layers)
+        same(found, replace_by_shuffle(model, "z", by_depth, value, layers=(0, 2)))
+    factor = rng.normal(size=(3, 1, 1, 4, 1))
+    for make in (amplify, steer):
+        same(make(model, "q", factor[[2, 0]], layers=layers), make(model, "q", factor, layers=(0, 2)))
+
+    edits = replace_by_shuffle(model, "z", orders, clean["z"][[2, 0]], layers=layers, heads=2)
+
+    def change(site, layer, x):
+        if site == "z" and layer in (0, 2):
+            x[:, :, 2] = clean["z"][layer][orders[0 if layer == 2 else 1]][:, :, 2]
+
+    assert_does(model, images, edits, change)
+
+
+def test_traced_layers_take_values_in_their_order(model, clean):
+    value = clean["resid_post"]
+
+    @jax.jit
+    def edit(layers):
+        return patch(model, "resid_post", value[:2], layers=layers)["resid_post"]
+
+    for layers in ((2, 0), (-2, 2)):
+        found = edit(np.array(layers))
+        expected = patch(model, "resid_post", value[:2], layers=layers)["resid_post"]
+        np.testing.assert_array_equal(found.mask, expected.mask)
+        np.testing.assert_array_equal(found.shift, expected.shift)
+    found = edit(np.array([-5, 1]))  # what is not there selects nothing, and no other layer gets its value
+    np.testing.assert_array_equal(found.mask.ravel(), [0, 1, 0])
+    np.testing.assert_array_equal(found.shift[1], value[1])
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -370,7 +517,7 @@ def test_a_patch_over_the_prefix_leaves_patches_as_they_are(model, images, clean
     for where, layers, tokens in [
         ({}, ALL, np.s_[:]),
         (dict(layers=1, tokens="registers"), [1], np.s_[1:]),
-        (dict(tokens=Positions([0, 2], LAYOUT)), ALL, [0, 2]),
+        (dict(tokens=TokenIndices([0, 2], LAYOUT)), ALL, [0, 2]),
     ]:
         edits = patch(model, site, other, over="prefix", **where)
 
@@ -394,7 +541,7 @@ def stats():
 def test_the_mean_of_each_layer_and_group_takes_the_place_of_its_tokens(model, images, stats):
     for site in ("resid_pre", "z"):
         means = stats.means[site]
-        edits = replace_by_mean(model, site, stats, layers=(0, 2), tokens=("register 3", "patches"))
+        edits = replace_by_mean(model, site, stats, layers=(0, 2), tokens=("register 2", "patches"))
         at = np.s_[:, P - 1 :]
         expected = setting(site, [0, 2], at, lambda layer, x, m=means: m[layer, LAYOUT.groups][P - 1 :])
         assert_does(model, images, edits, expected)
@@ -411,7 +558,7 @@ def test_noise_is_a_draw_of_the_mean_and_variance_of_each_layer_group_and_channe
         assert_does(model, images, edits, setting(site, [0, 1], np.s_[:, :P], lambda l, x, n=noise: n[l, :, :P]))
         edits = replace_by_noise(model, site, stats, key, BATCH, tokens="registers")
         assert_does(model, images, edits, setting(site, ALL, np.s_[:, 1:P], lambda l, x, n=noise: n[l, :, 1:P]))
-        edits = replace_by_noise(model, site, stats, key, BATCH, tokens=Positions(2, LAYOUT))
+        edits = replace_by_noise(model, site, stats, key, BATCH, tokens=TokenIndices(2, LAYOUT))
         assert_does(model, images, edits, setting(site, ALL, np.s_[:, 2], lambda l, x, n=noise: n[l, :, 2]))
 
         draw = np.asarray(jax.random.normal(key, (3, BATCH, T, *mean.shape[2:])))
@@ -563,12 +710,12 @@ def test_interventions_of_all_kinds_run_in_one_program_as_they_are(family, image
     edits = merge(
         ablate(model, "z", layers=1, heads=(0, 3)),
         replace_by_shuffle(model, "z", [1, 0], layers=2, heads=1),
-        knockout(model, query="cls", key=Positions([3, 5], layout)),
+        knockout(model, query="cls", key=TokenIndices([3, 5], layout)),
         knockout(model, query="patches", key="cls", layers=0, heads=1),
         zero_attention(model, query="cls", key="cls", layers=2),
         patch(model, "scores", clean["scores"][:, ::-1], layers=1, queries="all", query="patches", heads=2),
         patch(model, "resid_mid", clean["resid_mid"][1:, ::-1], layers=(1, 2), tokens="patches"),
-        steer(model, "resid_post", np.arange(32) / 10, layers=0, tokens=Positions(7, layout)),
+        steer(model, "resid_post", np.arange(32) / 10, layers=0, tokens=TokenIndices(7, layout)),
         scale_skip(model, 0.5, "mlp", layers=1),
         amplify(model, "v", 2.0, tokens="cls", layers=0),
         {"mlp_post": Relocate(of_mlp, to)},
@@ -632,6 +779,7 @@ def refusal(make, *args, **kwargs):
 
 
 OTHER = TokenLayout(3, (2, 2))
+CALL = "model.config.layout(height, width)"
 
 
 @pytest.mark.parametrize(
@@ -653,9 +801,9 @@ OTHER = TokenLayout(3, (2, 2))
         (dict(site="z", tokens=5), ["no group of tokens 5", "0 to 4"]),
         (
             dict(site="z", tokens="patch"),
-            ["no group of tokens 'patch'", "cls, register 1, register 2, register 3, patches"],
+            ["no group of tokens 'patch'", "cls, register 0, register 1, register 2, patches"],
         ),
-        (dict(site="z", tokens=("cls", "register 4", "cat")), ["no group of tokens 'register 4', 'cat'"]),
+        (dict(site="z", tokens=("cls", "register 3", "cat")), ["no group of tokens 'register 3', 'cat'"]),
         (dict(site="z", layers="last"), ["no layer 'last'", "0 to 2"]),
         (dict(site="z", layers=1.5), ["selection of layers", "float64, [1]", "indices, or a mask of shape [3]"]),
         (dict(site="z", heads=np.ones(3)), ["selection of heads", "[3]", "mask of shape [4]"]),
@@ -663,12 +811,18 @@ OTHER = TokenLayout(3, (2, 2))
         (dict(site="z", heads=slice(2)), ["selection of heads", "mask of shape [4]"]),
         (dict(site="z", heads={1, 2}), ["selection of heads", "mask of shape [4]"]),
         (dict(site="z", heads=[[1, 2], [3]]), ["selection of heads", "mask of shape [4]"]),
-        (dict(site="z", tokens=Positions(T, LAYOUT)), [f"no token {T}", f"0 to {T - 1}"]),
-        (dict(site="z", tokens=Positions(0, TokenLayout(1, (6, 4)))), ["1 registers", "the model has 3"]),
-        (dict(site="pattern", query=Positions(0, LAYOUT), key=Positions(0, OTHER)), ["different layouts"]),
+        (dict(site="z", heads=[0.0, 1.0, 2.0, 0.0]), ["mask of heads holds 2.0", "from 0 to 1", "integers"]),
+        (dict(site="z", layers=np.array([0, -0.5, 1])), ["mask of layers holds -0.5"]),
+        (dict(site="z", layers=np.array([0, np.nan, 1])), ["mask of layers holds nan"]),
+        (dict(site="z", heads=[True, 2]), ["mixes booleans and numbers", "mask of shape [4]"]),
+        (dict(site="z", tokens=Registers(3)), ["no register 3", "0 to 2"]),
+        (dict(site="z", tokens=Registers("cls")), ["no register 'cls'", "register 0, register 1, register 2"]),
+        (dict(site="z", tokens=TokenIndices(T, LAYOUT)), [f"no token {T}", f"0 to {T - 1}", "6x4 patches", CALL]),
+        (dict(site="z", tokens=TokenIndices(0, TokenLayout(1, (6, 4)))), ["1 registers", "the model has 3", CALL]),
+        (dict(site="pattern", query=TokenIndices(0, LAYOUT), key=TokenIndices(0, OTHER)), ["different layouts", CALL]),
         (dict(site="pattern", query="patches", queries="prefix"), ["queries='prefix'", "patches"]),
         (dict(site="pattern", query=-1, queries="prefix"), ["queries='prefix'", "patches"]),
-        (dict(site="pattern", query=Positions(9, LAYOUT), queries="prefix"), ["queries='prefix'", "patches"]),
+        (dict(site="pattern", query=TokenIndices(9, LAYOUT), queries="prefix"), ["queries='prefix'", "patches"]),
     ],
 )
 def test_wrong_selections_are_described(model, where, words):
@@ -678,7 +832,7 @@ def test_wrong_selections_are_described(model, where, words):
 
 
 def test_positions_of_another_size_of_image_are_described(model, images):
-    message = refusal(type(model).__call__, model, images, ablate(model, "z", tokens=Positions(0, OTHER)))
+    message = refusal(type(model).__call__, model, images, ablate(model, "z", tokens=TokenIndices(0, OTHER)))
     assert "mask of the Edit at 'z' has shape [3, 1, 8, 1, 1]" in message and "one for each token" in message
 
 
@@ -698,7 +852,19 @@ def test_positions_of_another_size_of_image_are_described(model, images):
         (scale_skip, (0.5, "attention"), {}, ["no site 'skip_attention'"]),
         (remove_registers, ("cls",), {}, ["'cls'", "not only registers", "knockout"]),
         (remove_registers, ("all",), {}, ["not only registers"]),
-        (remove_registers, ([1, 4],), {}, ["not only registers"]),
+        (remove_registers, ([1, 4],), {}, ["no register 4", "0 to 2"]),
+        (remove_registers, (3,), {}, ["no register 3", "0 to 2"]),
+        (remove_registers, ("register 3",), {}, ["no register 'register 3'", "register 0, register 1, register 2"]),
+        (patch, ("resid_pre", np.ones((2, 2, 28, 32))), dict(layers=(0, -3)), ["(0, -3)", "a layer twice"]),
+        (amplify, ("q", np.ones((2, 1, 1, 4, 1))), dict(layers=0), ["the factor has 2 layers", "1 of 3"]),
+        (replace_by_shuffle, ("z", [[1, 0], [0, 1]]), {}, ["order has 2 layers", "3 of 3"]),
+        (replace_by_shuffle, ("z", [[[1, 0]]]), {}, ["order has shape [1, 1, 2]", "[B], or [L, B]"]),
+        (replace_by_shuffle, ("z", [0, 2]), {}, ["'z'", "image 2", "0 to 1"]),
+        (replace_by_shuffle, ("z", [0, -1]), {}, ["'z'", "image -1", "0 to 1"]),
+        (replace_by_shuffle, ("z", jnp.asarray([0, 2])), {}, ["'z'", "image 2", "0 to 1"]),
+        (replace_by_shuffle, ("z", [[0, 1], [1, 0], [2, 0]]), {}, ["'z'", "image 2", "0 to 1"]),
+        (replace_by_shuffle, ("z", [1.0, 0.0]), {}, ["'z'", "float64", "integers"]),
+        (replace_by_shuffle, ("z", [True, False]), {}, ["'z'", "bool", "integers"]),
         (replace_by_shuffle, ("z", [0, 1], np.ones((3, 3, 28, 4, 8))), {}, ["order", "[1, 2]", "[3] or [3, 3]"]),
         (replace_by_shuffle, ("z", [0, 3], np.ones((3, 2, 28, 4, 8))), {}, ["'z'", "image 3", "0 to 1"]),
         (replace_by_shuffle, ("z", [0.0, 1.0], np.ones((3, 2, 28, 4, 8))), {}, ["'z'", "float64", "integers"]),
@@ -708,6 +874,18 @@ def test_positions_of_another_size_of_image_are_described(model, images):
 def test_wrong_values_are_described(model, make, args, where, words):
     message = refusal(make, model, *args, **where)
     assert all(word in message for word in words), message
+
+
+def test_values_of_another_size_than_the_selected_tokens_say_what_to_call(model, stats):
+    at = TokenIndices(7, OTHER)
+    message = refusal(patch, model, "z", np.ones((1, 2, T, 4, 8)), tokens=at)
+    assert f"'z' is of {T} tokens" in message and "8 tokens (2x2 patches)" in message and CALL in message
+    message = refusal(replace_by_shuffle, model, "z", [1, 0], np.ones((3, 2, T, 4, 8)), tokens=at)
+    assert f"'z' is of {T} tokens" in message and CALL in message
+    message = refusal(freeze_attention, model, np.ones((3, 2, 4, P, T)), key=at)
+    assert f"'pattern' is of {T} tokens" in message and CALL in message
+    message = refusal(replace_by_noise, model, "z", stats, jax.random.key(0), 2, LAYOUT, tokens=at)
+    assert f"{T} tokens (6x4 patches)" in message and CALL in message
 
 
 def test_a_model_without_registers_has_none_to_remove(bare):

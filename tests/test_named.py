@@ -65,14 +65,14 @@ def test_what_is_no_grid_is_said_in_a_sentence(axes, message):
 
 def test_the_grids_of_a_model_name_its_layers_heads_and_groups():
     model = abstract(FAMILIES["dinov2 with registers"])
-    names = ("cls", "register 1", "register 2", "register 3", "patches")
+    names = ("cls", "register 0", "register 1", "register 2", "patches")
     layers = (0, 1, 2)
     assert grids.heads(model).axes == {"layer": layers, "head": (0, 1, 2, 3)}
     assert grids.layers_by_groups(model).axes == {"layer": layers, "group": names}
     assert grids.group_edges(model).axes == {"layer": layers, "query": names, "key": names}
     assert grids.group_edges(model, "prefix").axes == {"layer": layers, "query": names[:-1], "key": names}
-    assert grids.registers(model).axes == {"layer": layers, "register": names[1:-1]}
-    np.testing.assert_array_equal(grids.registers(model).points["register"], [1, 2, 3] * 3)
+    assert grids.registers(model).axes == {"layer": layers, "register": (0, 1, 2)}
+    np.testing.assert_array_equal(grids.registers(model).points["register"], [0, 1, 2] * 3)
     np.testing.assert_array_equal(grids.layers_by_groups(model).points["group"], [0, 1, 2, 3, 4] * 3)
     assert len(grids.tokens(model)) == model.layout.tokens == 1 + 3 + 56**2
     assert len(grids.tokens(model, model.config.layout(8, 12))) == 10
@@ -81,8 +81,9 @@ def test_the_grids_of_a_model_name_its_layers_heads_and_groups():
 def test_a_model_without_registers_has_no_grid_of_them():
     model = abstract(FAMILIES["dinov2"])
     assert grids.layers_by_groups(model).axes["group"] == ("cls", "patches")
-    with pytest.raises(ValueError, match="this model has no registers"):
-        grids.registers(model)
+    for grid in (grids.registers, lambda model: grids.groups(model, "registers")):
+        with pytest.raises(ValueError, match="this model has no registers"):
+            grid(model)
 
 
 # --- labelled arrays
@@ -249,6 +250,9 @@ def test_one_axis_is_a_line_over_numbers_and_bars_over_words(effect):
     np.testing.assert_array_equal(panel.lines[0].get_xydata(), np.stack([range(4), by_layer.values], 1))
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("layer", "change")
     assert all(place == int(place) for place in panel.get_xticks())
+    for labels in ((0, 1), (3,), (2, 5)):  # no tick between two layers
+        panel = NamedArray(np.zeros(len(labels)), {"layer": labels}).plot().axes[0]
+        assert list(panel.get_xticks()) == list(labels)
     panel = by_control.plot().axes[0]
     assert [bar.get_height() for bar in panel.patches] == list(by_control.values)
     assert written(panel.xaxis) == list(CONTROLS)

@@ -37,7 +37,7 @@ from jaxvit.model.config import Preprocess
 from jaxvit.model.params import from_params, to_params
 
 SIDE = 20
-move_to_registers = jaxvit.test_time_registers  # a name that pytest does not take for a test
+move_to_registers = jaxvit.test_time_registers
 PREPARED = dict(preprocess=Preprocess(SIDE, SIDE))
 
 
@@ -124,7 +124,7 @@ def test_token_flow_is_mean_attention_from_group_to_group(family):
     assert numbers["patches of all tokens"] == pytest.approx(25 / (25 + prefix))
     if prefix > 1:
         single = numbers["each register"]
-        assert single["groups"] == ["cls", "register 1", "register 2", "register 3", "patches"]
+        assert single["groups"] == ["cls", "register 0", "register 1", "register 2", "patches"]
         np.testing.assert_allclose(np.sum(single["flow"], axis=-1), 1, atol=1e-6)
         np.testing.assert_allclose(single["flow"][1][4][2], mean[1][prefix:, 2].mean(), atol=1e-6)
     else:
@@ -688,9 +688,14 @@ def test_figures_and_tables_cope_with_any_models(tmp_path):
     for e in (module.EXPERIMENT for module in modules):
         figures = drawn(e, results[e.id], models, found.get(e.id, {}), shown, tmp_path)
         assert set(figures) == names[e.id]
+        for axes in (axes for figure in figures.values() for axes in figure.axes if axes.get_xlabel() == "layer"):
+            assert list(axes.get_xticks()) == [0, 1, 2]  # layers count from 0, and no tick is between two
+            assert all(list(line.get_xdata()) == [0, 1, 2] for line in axes.lines if len(line.get_xdata()) > 2)
         assert all((tmp_path / f"{name}.svg").stat().st_size > 2000 for name in figures)
         table = e.table(results[e.id], models)
         assert table.rows and all(len(row) == len(table.head) for row in table.rows)
+        if e.id == "B4":  # no activation is massive: the first layer
+            assert [row[4].split(" (")[1] for row in table.rows] == ["layer 0)", "layer 0)"]
         assert drawn(e, {}, models, {}) == {} and e.table({}, models) is None and e.claims({}, models) == []
         for key in results[e.id]:
             assert drawn(e, {key: results[e.id][key]}, models, found.get(e.id, {}), {})

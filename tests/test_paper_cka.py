@@ -746,6 +746,10 @@ def test_tables_and_figures_of_any_set_of_models(images, experiment):
             assert bool(figures) == bool(keys)
             for figure in figures.values():
                 figure.canvas.draw()
+                labelled = [axes for axes in figure.axes if axes.get_xlabel() in ("layer", "head")]
+                # Layers and heads count from 0, and no tick is between two.
+                assert all(list(axes.get_xticks()) == list(range(len(axes.get_xticks()))) for axes in labelled)
+                assert all(axes.images or len(axes.get_xticks()) == 3 for axes in labelled)
 
 
 def test_figures_have_the_papers_names(registers, images):

@@ -177,7 +177,7 @@ def check_a2(found, p, ranking="absolute", count=32):
     assert len(set(highest)) > 1  # else the share below is 1 whatever is counted
     close(found.of["norm"], norms)
     of = found.numbers
-    assert of["register"] == top + 1
+    assert of["register"] == top
     close(of["is the argmax"], highest.count(top) / IMAGES)
     for place, x in (("before", before), ("after", after)):
         close(of[f"cosine {place}"], by_torch.mean_pairwise_cosine(x[:, top]), place)

@@ -1,7 +1,11 @@
 """Appended registers, and test-time registers: the neurons that make outliers are found, and their activation moved."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +18,7 @@ from jaxvit import Batch, Take, ViTConfig, add_registers, find_register_neurons,
 from jaxvit.model.params import from_params, to_params
 
 SIZE = (24, 16)
-move_to_registers = test_time_registers  # a name that pytest does not take for a test
-del test_time_registers
+move_to_registers = test_time_registers
 
 
 @partial(jax.jit, static_argnames="record")
@@ -26,7 +29,7 @@ def run(model, images, edits=None, record=()):
 def test_appended_registers_that_nobody_attends_to_change_nothing(model):
     images = random_images(0, 2, *SIZE)
     wider = add_registers(model, 2, 0.3)
-    new = [f"register {model.config.registers + i}" for i in (1, 2)]
+    new = [f"register {model.config.registers + i}" for i in (0, 1)]
     out, expected = run(wider, images, remove_registers(wider, new)), run(model, images)
     assert out.registers.shape[1] == model.config.registers + 2
     assert np.abs(run(wider, images).cls - expected.cls).max() > 1e-3
@@ -124,6 +127,14 @@ def test_scores_are_their_definition_and_do_not_depend_on_batches(model):
         assert (np.diff(found.score) <= 0).all() and len(found.score) == 7
         np.testing.assert_allclose(found.score, np.sort(expected.ravel())[::-1][:7], rtol=1e-5)
         np.testing.assert_allclose(found.score, expected[found.layer, found.channel], rtol=1e-5)
+
+
+def test_a_file_that_imports_test_time_registers_has_no_test_of_that_name(tmp_path):
+    (tmp_path / "test_of_a_user.py").write_text("from jaxvit import test_time_registers\n")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
+    command += ["--rootdir", str(tmp_path), str(tmp_path / "test_of_a_user.py")]
+    told = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert told.returncode == pytest.ExitCode.NO_TESTS_COLLECTED and "no tests collected" in told.stdout, told
 
 
 def test_errors_are_one_sentence(model):

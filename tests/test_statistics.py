@@ -166,7 +166,7 @@ def test_noise_of_a_layout_is_drawn_for_every_token(stats, layout):
 
 
 def test_the_mean_in_place_is_the_group_s_mean(model, images, stats, layout):
-    edits = replace_by_mean(model, "resid_post", stats, layers=1, tokens=("register 2", "patches"))
+    edits = replace_by_mean(model, "resid_post", stats, layers=1, tokens=("register 1", "patches"))
     trace = jax.jit(lambda m, x, e: m(x, e, record="resid_post").trace)(model, images, edits)["resid_post"]
     plain = recorded(model, images)["resid_post"]
     mean = by_group(plain, layout, np.mean)

@@ -14,7 +14,20 @@ import pytest
 from conftest import FAMILIES, random_images, random_model
 
 import jaxvit
-from jaxvit import ActivationStats, Batch, Edit, Grid, Knockout, Positions, Shuffle, Take, attribute, grids, sweep
+from jaxvit import (
+    ActivationStats,
+    Batch,
+    Edit,
+    Grid,
+    Knockout,
+    Registers,
+    Shuffle,
+    Take,
+    TokenIndices,
+    attribute,
+    grids,
+    sweep,
+)
 from jaxvit.interventions import sweeps
 from jaxvit.interventions.constructors import (
     ablate,
@@ -126,16 +139,16 @@ def of_prefix_edges(model, layout, stats, clean):
 
 def of_tokens(model, layout, stats, clean):
     def edit(place):
-        return steer(model, SITE, jnp.arange(32.0), layers=1, tokens=Positions(place, layout))
+        return steer(model, SITE, jnp.arange(32.0), layers=1, tokens=TokenIndices(place, layout))
 
     return grids.tokens(model, layout), lambda point, clean: edit(point["token"]), edit
 
 
 def of_registers(model, layout, stats, clean):
     def traced(point, clean):
-        return ablate(model, "v", layers=point["layer"], tokens=point["register"])
+        return ablate(model, "v", layers=point["layer"], tokens=Registers(point["register"]))
 
-    return grids.registers(model), traced, lambda l, register: ablate(model, "v", layers=l, tokens=register)
+    return grids.registers(model), traced, lambda l, r: ablate(model, "v", layers=l, tokens=f"register {r}")
 
 
 def of_strengths(model, layout, stats, clean):
@@ -396,7 +409,7 @@ def test_a_thousand_points_are_one_program_and_take_no_more_memory_than_ten(monk
     def edits(point, clean):
         traces.append("edits")
         edit = patch(
-            one, SITE, clean.trace[SITE][:, ::-1], layers=point["layer"], tokens=Positions(point["token"], layout)
+            one, SITE, clean.trace[SITE][:, ::-1], layers=point["layer"], tokens=TokenIndices(point["token"], layout)
         )
         return {site: replace(e, mask=e.mask * point["strength"]) for site, e in edit.items()}
 
@@ -463,7 +476,7 @@ def of_replaced_tokens(model, layout, stats, clean):
 
     def traced(point, clean):
         donors = clean.trace[SITE][:, ORDER]
-        return patch(model, SITE, donors, layers=point["layer"], tokens=Positions(point["token"], layout))
+        return patch(model, SITE, donors, layers=point["layer"], tokens=TokenIndices(point["token"], layout))
 
     return Grid(layer=range(LAYERS), token=range(layout.tokens)), traced, None
 

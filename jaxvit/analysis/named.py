@@ -1,4 +1,8 @@
-"""Arrays whose axes have names and labels, and that plot themselves."""
+"""Arrays whose axes have names and labels.
+
+`NamedArray` is a small container of our own because xarray depends on pandas, and the library stays light. Where xarray
+is installed, `.to_xarray()` gives the same values and labels as a `DataArray`, for everything that is not here.
+"""
 
 from __future__ import annotations
 
@@ -147,71 +151,6 @@ class NamedArray:
         Raises:
           ValueError: an axis that is not there, or other than one to three axes.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError("matplotlib is not installed: pip install matplotlib") from None
+        from jaxvit.analysis import plots
 
-        if not 1 <= len(self.axes) <= 3:
-            raise ValueError(f"{self!r} cannot be drawn: take the mean over, or select, all but one to three axes")
-        roles = ("x", "y", "col")[: len(self.axes)]
-        given = {role: self._axis(axis) for role, axis in (("x", x), ("y", y), ("col", col)) if axis}
-        if not set(given) <= set(roles) or len(set(given.values())) < len(given):
-            raise ValueError(f"{self!r} is drawn with {' and '.join(roles)}, an axis each; {given} do not fit")
-        left = iter(axis for axis in self.axes if axis not in given.values())
-        chosen = {role: given.get(role) or next(left) for role in roles}
-        figure = Figure(layout="constrained")
-        if len(self.axes) == 1:
-            self._draw_line(figure, chosen["x"])
-        else:
-            self._draw_maps(figure, chosen["x"], chosen["y"], chosen.get("col"))
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
-
-    def _draw_line(self, figure: Figure, x: str) -> None:
-        from matplotlib.ticker import MaxNLocator
-
-        labels = self.axes[x]
-        figure.set_size_inches(max(3.5, 0.25 * len(labels) + 1.5), 3)
-        panel = figure.subplots()
-        if numbers(labels):
-            panel.plot(labels, self.values, marker="o", markersize=3)
-            panel.xaxis.set_major_locator(MaxNLocator(integer=all(isinstance(label, int) for label in labels)))
-        else:
-            panel.bar(range(len(labels)), self.values)
-            ticks(panel.xaxis, labels)
-        panel.set(xlabel=x, ylabel=self.name)
-
-    def _draw_maps(self, figure: Figure, x: str, y: str, col: str | None) -> None:
-        values = np.transpose(self.values, [self._place(axis) for axis in (*([col] if col else []), y, x)])
-        columns = self.axes[col] if col else ("",)
-        wide, tall = (max(2.0, 0.22 * len(self.axes[axis])) for axis in (x, y))
-        figure.set_size_inches(min(3.0 + wide * len(columns), 16), min(1.3 + tall, 12))
-        finite = values[np.isfinite(values)]
-        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-        signed = low < 0 < high
-        limit = max(-low, high)
-        scale = dict(vmin=-limit, vmax=limit, cmap="RdBu_r") if signed else dict(vmin=low, vmax=high, cmap="viridis")
-        panels = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
-        for panel, one, label in zip(panels, values if col else values[None], columns, strict=True):
-            panel.imshow(one, aspect="auto", origin="lower", interpolation="none", **scale)
-            panel.set(xlabel=x, title=f"{col} {label}" if col and numbers([label]) else str(label))
-            ticks(panel.xaxis, self.axes[x])
-            ticks(panel.yaxis, self.axes[y])
-        panels[0].set_ylabel(y)
-        figure.colorbar(panels[0].images[0], ax=list(panels), label=self.name)
-
-
-def numbers(labels: Sequence[Label]) -> bool:
-    return not any(isinstance(label, str) for label in labels)
-
-
-def ticks(axis: Any, labels: Sequence[Label], most: int = 14) -> None:
-    """Writes labels at the middle of their cells: all words, and of many numbers every second, fifth, .."""
-    step = 1
-    if numbers(labels):
-        step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**9) if len(labels) <= most * s)
-    places = range(0, len(labels), step)
-    turned = axis.axis_name == "x" and max(len(str(label)) for label in labels) > 3
-    axis.set_ticks(places, [str(labels[i]) for i in places], **(dict(rotation=45, ha="right") if turned else {}))
+        return plots.plot(self, path, x, y, col)

@@ -4,9 +4,12 @@
     model(images, knockout(model, query="cls", key="registers"))
     model(images, merge(steer(model, "resid_post", v, layers=5, tokens="cls"), remove_registers(model)))
 
-What a number or a name selects may also be an array, a traced one too: integers stand for those indices, so that one
-compiled program serves every layer, head and group; numbers or booleans of the selection's length are the mask itself.
-A traced index that is not there selects nothing; all else that does not fit is a ValueError.
+Layers, heads, channels and registers count from 0, and negative numbers count from the end.
+
+A selection is an index, several indices, or a mask: integers are indices, booleans and floating-point numbers from 0 to
+1 are a mask over the whole axis. Arrays may be traced, so that one compiled program serves every layer, head and group.
+A traced index that is not there selects nothing. Anything else that does not fit is a ValueError. So are integers that
+could be either: `heads=[0, 1, 1, 0]` in a model of 4 heads. (Traced ones are not checked: they are indices.)
 """
 
 from __future__ import annotations
@@ -31,25 +34,49 @@ from jaxvit.model.vit import ViT
 SiteEdits = Mapping[str, Operation]
 
 
-@dataclass(frozen=True)
-class Positions:
-    """Single tokens, by their place in the sequence of `layout`: an index, several, or a mask of all of them."""
+Indices = int | np.integer | Sequence[Any] | Array | np.ndarray | None
 
-    index: int | np.integer | Sequence[Any] | Array | np.ndarray
+
+@dataclass(frozen=True)
+class Registers:
+    """Registers by number, for `tokens`, `query` and `key`: register 0 is the first, never [CLS].
+
+        ablate(model, "resid_pre", tokens=Registers(0))
+        ablate(model, "resid_pre", layers=point["layer"], tokens=Registers(point["register"]))  # of grids.registers
+
+    Attributes:
+      index: a number, several, or a mask of all registers; may be traced. None: all.
+    """
+
+    index: Indices = None
+
+
+@dataclass(frozen=True)
+class TokenIndices:
+    """Single tokens, by their place in the sequence: [CLS] is 0, then registers, then patches row by row.
+
+    Attributes:
+      index: a number, several, or a mask of all tokens; may be traced.
+      layout: the sequence of the images: `model.config.layout(height, width)`. `model.layout` is that of the default
+        size.
+    """
+
+    index: Indices
     layout: TokenLayout
 
 
-Indices = int | np.integer | Sequence[Any] | Array | np.ndarray | None
-Tokens = str | Sequence[str] | Indices | Positions
+Tokens = str | Sequence[str] | Indices | Registers | TokenIndices
 
 
 class Where(TypedDict, total=False):
     """What to edit; what is not named is edited whole.
 
-    layers, heads, channels: an index (negative ones count from the end), several, an array of them, or a mask over all:
-      floating-point numbers or booleans. `heads` where the site has heads; `channels` counts its last axis.
-    tokens: `cls`, `registers`, `register 1` .., `patches`, several of these, a group's index, a mask over groups, or
-      `Positions` for single tokens. Not at the attention sites.
+    layers, heads, channels: an index (from 0; negative ones count from the end), several, an array of them, or a mask
+      over all: booleans, or floating-point numbers from 0 to 1. `heads` where the site has heads; `channels` counts its
+      last axis.
+    tokens: `cls`, `registers`, `register 0` .., `patches`, or several of these; `Registers` by number; `TokenIndices`
+      for single tokens; or a mask over groups. A bare integer is the index of a *group*, as in a grid of groups: 0 is
+      [CLS], where there is one, and never a register's number. Not at the attention sites.
     query, key: the same, at the attention sites, for the rows and columns of attention.
     queries: at the attention sites, `prefix` where only rows of [CLS] and registers change, which costs less, or `all`.
       By default read off `query`, if that is given by names.
@@ -77,19 +104,27 @@ def patch(
     """Puts the values of another run in place: `patch(model, "resid_post", other.trace["resid_post"], layers=5)`.
 
     Args:
-      value: with the axes of the site; or with an axis of layers before them, of all layers, of the selected ones in
-        order of depth, or of one.
+      value: with the axes of the site; or with an axis of layers before them: of the selected layers in the order of
+        `layers` (a mask: in order of depth), of all layers in order of depth, or of one, which holds for all.
       over: what the token axis of `value` counts: `tokens`; `groups`; or `prefix` for a value recorded of [CLS] and
         registers alone, which then are all that can be edited. At the attention sites the number of query rows must fit
         `queries`, which is `prefix` unless given, as in recording.
     """
-    attention = site in ATTENTION_SITES
-    if attention:
+    if site in ATTENTION_SITES:
         where.setdefault("queries", "prefix")
     chosen = select(model, site, where)
     value = _with_layers(model, site, jnp.asarray(value), where.get("layers"))
+    return _patched(model, site, value, over, where, chosen)
+
+
+def _patched(
+    model: ViT, site: str, value: Array, over: Over | Literal["prefix"], where: Where, chosen: dict[str, Any]
+) -> SiteEdits:
+    """The patch by a value whose layers are in order of depth."""
+    if over == "tokens":
+        _check_tokens(site, value, where)
     if over == "prefix":
-        if attention:
+        if site in ATTENTION_SITES:
             raise ValueError("over='prefix' is for sites of tokens; at the attention sites give queries='prefix'")
         chosen["mask"] = _without_patches(model, site, where, chosen["mask"])
         value = jnp.pad(value, [(0, int(name == "T")) for name in ["L", *SITES[site].split()]])
@@ -122,6 +157,11 @@ def replace_by_noise(
     chosen = select(model, site, where)
     if layout is None:
         chosen["mask"] = _without_patches(model, site, where, chosen["mask"])
+    selected = _layout_of(where)
+    if layout is not None and selected is not None and layout != selected:
+        raise ValueError(
+            f"the noise is for {_sequence(layout)}, and tokens are selected in {_sequence(selected)}; {CALL}"
+        )
     noise = stats.noise(site, rng, batch, layout)
     return {site: Edit(shift=noise, value_over="groups" if layout is None else "tokens", **chosen)}
 
@@ -136,38 +176,59 @@ def replace_by_shuffle(
     """Puts another image's values in place.
 
     Args:
-      order: [B] or [L, B] integers: which image each image takes its values from.
+      order: [B] or [L, B] integers: which image each image takes its values from, from 0 to B - 1. An axis of layers
+        is as that of `clean`.
       clean: what was recorded at this site of a run without edits, as `patch` takes it: the donor's values come from
         there. Without it they come from the same run, where the donor may have been edited too.
     """
-    order = order if isinstance(order, jax.Array) else np.asarray(order)
-    order = order[None] if order.ndim == 1 else order
+    donor: Any = order if isinstance(order, jax.Array) else np.asarray(order)
+    if donor.ndim not in (1, 2):
+        raise ValueError(f"order has shape {list(donor.shape)}; expected [B], or [L, B]")
+    images = donor.shape[-1]
+    if not jnp.issubdtype(donor.dtype, jnp.integer):
+        raise ValueError(f"the shuffle at {site!r} has an order of {donor.dtype}; expected integers")
+    if not isinstance(donor, Tracer):
+        donor = np.asarray(donor)
+        if (outside := donor[(donor < 0) | (donor >= images)]).size:
+            raise ValueError(f"the shuffle at {site!r} takes values of image {outside[0]}; they are 0 to {images - 1}")
+    donor = donor[None] if donor.ndim == 1 else _by_depth(model, donor, where.get("layers"), "order")
     if clean is None:
-        return {site: Shuffle(order=order, **select(model, site, where))}
-    check_sites([site])
+        return {site: Shuffle(order=donor, **select(model, site, where))}
+    if site in ATTENTION_SITES:
+        where.setdefault("queries", "prefix")
+    chosen = select(model, site, where)
     clean = _with_layers(model, site, jnp.asarray(clean), where.get("layers"))
-    images, depth = clean.shape[1], model.config.depth
-    if problems := Shuffle(0.0, order).problems(site, {"B": images}):
-        raise ValueError(f"the shuffle at {site!r} {problems[0]}")
-    if order.ndim != 2 or order.shape[1] != images or order.shape[0] not in (1, depth):
-        raise ValueError(f"order has shape {list(order.shape)}; expected [{images}] or [{depth}, {images}]")
-    each = (jnp.broadcast_to(a, (max(len(order), len(clean)), *a.shape[1:])) for a in (clean, jnp.asarray(order)))
-    return patch(model, site, jax.vmap(lambda x, one: jnp.take(x, one, axis=0))(*each), **where)
+    if images != clean.shape[1]:
+        raise ValueError(
+            f"order has shape {list(donor.shape)}; expected [{clean.shape[1]}] or "
+            f"[{model.config.depth}, {clean.shape[1]}]"
+        )
+    each = (jnp.broadcast_to(a, (max(len(donor), len(clean)), *a.shape[1:])) for a in (clean, jnp.asarray(donor)))
+    values = jax.vmap(lambda x, one: jnp.take(x, one, axis=0))(*each)
+    return _patched(model, site, values, "tokens", where, chosen)
 
 
 def amplify(model: ViT, site: str, factor: ArrayLike, **where: Unpack[Where]) -> SiteEdits:
-    """Multiplies values by `factor`, a number or an array with the axes of an `Edit`."""
-    return {site: Edit(scale=jnp.asarray(factor, float), **select(model, site, where))}
+    """Multiplies values by `factor`, a number or an array with the axes of an `Edit`; layers are as in `patch`."""
+    chosen = select(model, site, where)
+    scale = jnp.asarray(factor, float)
+    if scale.ndim == 1 + len(SITES[site].split()):
+        scale = _by_depth(model, scale, where.get("layers"), "the factor")
+    return {site: Edit(scale=scale, **chosen)}
 
 
 def steer(model: ViT, site: str, vector: ArrayLike, **where: Unpack[Where]) -> SiteEdits:
-    """Adds `vector`, [D] (at `q`, `k`, `v`, `z`: [d] or [H, d]), or a number or an array with the axes of an `Edit`."""
+    """Adds `vector`, [D] (at `q`, `k`, `v`, `z`: [d] or [H, d]), or a number or an array with the axes of an `Edit`,
+    whose layers are as in `patch`.
+    """
     check_sites([site])
     v, axes = jnp.asarray(vector, float), ["L", *SITES[site].split()]
     if v.ndim not in (0, 1, *([2] if "H d" in SITES[site] else []), len(axes)):
         raise ValueError(
             f"the vector for {site!r} has shape {list(v.shape)}; expected [{axes[-1]}], or all of [{', '.join(axes)}]"
         )
+    if v.ndim == len(axes):
+        v = _by_depth(model, v, where.get("layers"), "the vector")
     shift = jnp.expand_dims(v, range(len(axes) - v.ndim)) if v.ndim else v
     return {site: Edit(scale=1.0, shift=shift, **select(model, site, where))}
 
@@ -200,18 +261,22 @@ def scale_skip(
     return amplify(model, f"skip_{branch}", factor, **where)
 
 
-def remove_registers(model: ViT, registers: Tokens = "registers") -> SiteEdits:
-    """Nobody attends to these registers, in any layer: for all other tokens they are as good as deleted.
+def remove_registers(model: ViT, registers: str | Sequence[str] | Indices = None, layers: Indices = None) -> SiteEdits:
+    """Masks these registers as attention keys: for all other tokens they are as good as deleted.
 
     Args:
-      registers: all, or those of these names or groups: `register 2`, 2, (1, 2) ..
+      registers: their numbers, from 0: `remove_registers(model, 0)` removes the first. Several, a mask of all, a traced
+        number, or names such as `register 0` do as well. None: all.
+      layers: in which layers. None: in every layer.
     """
     if not model.config.registers:
         raise ValueError("this model has no registers to remove")
-    mask = _tokens(model, registers, None)
-    if isinstance(mask, np.ndarray) and (mask[[0, -1]] != 0).any():
-        raise ValueError(f"{registers!r} are not only registers; to cut off other tokens use knockout(model, key=..)")
-    return knockout(model, key=registers)
+    names = [registers] if isinstance(registers, str) else registers if isinstance(registers, Sequence) else []
+    if wrong := [one for one in names if isinstance(one, str) and not one.startswith("register")]:
+        raise ValueError(
+            f"{', '.join(map(repr, wrong))}: not only registers; to cut off other tokens use knockout(model, key=..)"
+        )
+    return knockout(model, key=Registers(registers), layers=layers)
 
 
 # --- selection
@@ -240,10 +305,7 @@ def select(model: ViT, site: str, where: Where) -> dict[str, Any]:
     if last and where.get("channels") is not None:
         masks[axes[-1]] = choose("channel", last, where.get("channels"))
     given = {axis: where.get(name) for name, axis in token_axes.items()}
-    layouts = {what.layout for what in given.values() if isinstance(what, Positions)}
-    if len(layouts) > 1:
-        raise ValueError(f"positions in sequences of different layouts: {layouts}")
-    layout = layouts.pop() if layouts else None
+    layout = _layout_of(where)
     for axis, what in given.items():
         if what is not None:
             masks[axis] = _tokens(model, what, layout)
@@ -264,14 +326,31 @@ def choose(kind: str, size: int, what: Any, names: Mapping[str, Sequence[int]] |
     """[size], 1 where selected."""
     if what is None:
         return np.ones(size, _float())
+    found = _read(kind, size, what, names)
+    if not jnp.issubdtype(found.dtype, jnp.integer):
+        return found.astype(_float())
+    counted = jnp.where(found < 0, found + size, found) if isinstance(found, Tracer) else found % size
+    return (np.arange(size)[:, None] == counted[None]).any(1).astype(_float())
+
+
+def _read(kind: str, size: int, what: Any, names: Mapping[str, Sequence[int]] | None = None) -> Mask:
+    """Indices [n], integers in the order in which they are given; or a mask [size], of another type."""
+    sure = isinstance(what, range)  # that integers are indices
     if not isinstance(what, jax.Array | np.ndarray):
         entries = what if isinstance(what, Sequence) and not isinstance(what, str) else [what]
+        sure |= any(isinstance(one, str) for one in entries)
         if unknown := [one for one in entries if isinstance(one, str) and one not in (names or {})]:
             there = ", ".join(names or ()) or f"0 to {size - 1}"
             raise ValueError(f"no {kind} {', '.join(map(repr, unknown))}; there are {there}")
         spelled = [one for each in entries for one in ((names or {})[each] if isinstance(each, str) else [each])]
         if not spelled:
-            return np.zeros(size, _float())
+            return np.zeros(0, int)
+        booleans = sum(isinstance(one, bool | np.bool_) for one in spelled)
+        if 0 < booleans < len(spelled):
+            raise ValueError(
+                f"a selection of {kind}s mixes booleans and numbers, {what!r}; expected indices, or a mask of shape "
+                f"[{size}]"
+            )
         traced = any(isinstance(one, Tracer) for one in spelled)
         try:
             what = jnp.stack([jnp.asarray(one) for one in spelled]) if traced else np.asarray(spelled)
@@ -280,19 +359,32 @@ def choose(kind: str, size: int, what: Any, names: Mapping[str, Sequence[int]] |
     elif not isinstance(what, Tracer):
         what = np.asarray(what)
     if jnp.issubdtype(what.dtype, jnp.integer):
-        return _indicated(kind, size, what.ravel())
-    if what.shape != (size,) or what.dtype == object:
+        indices = what.ravel()
+        if isinstance(indices, np.ndarray):
+            _check_indices(kind, size, indices, sure)
+        return indices
+    fits = what.dtype == bool or jnp.issubdtype(what.dtype, jnp.floating)
+    if what.shape != (size,) or not fits:
         of = f"an array of {what.dtype}, {list(what.shape)}" if what.dtype != object else f"{what!r}"
         raise ValueError(f"a selection of {kind}s is {of}; expected indices, or a mask of shape [{size}]")
-    return what.astype(_float())
+    if isinstance(what, np.ndarray) and (outside := what[~((what >= 0) & (what <= 1))]).size:
+        raise ValueError(
+            f"a mask of {kind}s holds {outside[0]}; expected numbers from 0 to 1, or indices as integers, such as [0]"
+        )
+    return what
 
 
-def _indicated(kind: str, size: int, indices: Mask) -> Mask:
-    """1 at these indices."""
-    if isinstance(indices, np.ndarray) and (outside := indices[(indices < -size) | (indices >= size)]).size:
+def _check_indices(kind: str, size: int, indices: np.ndarray, sure: bool) -> None:
+    """Refuses indices that are not there, and integers that could be a mask."""
+    if (outside := indices[(indices < -size) | (indices >= size)]).size:
         raise ValueError(f"there is no {kind} {outside[0]}: they are 0 to {size - 1}")
-    counted = jnp.where(indices < 0, indices + size, indices) if isinstance(indices, Tracer) else indices % size
-    return (np.arange(size)[:, None] == counted[None]).any(1).astype(_float())
+    if not sure and size > 1 and len(indices) == size and np.isin(indices, (0, 1)).all():
+        numbers = sorted(set(indices.tolist()))
+        spelled = "range(2)" if len(numbers) == size else f"{numbers}"
+        raise ValueError(
+            f"a selection of {kind}s is {indices.tolist()}, which could be a mask or indices: write "
+            f"np.array({(indices == 1).tolist()}) for the mask, or {spelled} for the indices"
+        )
 
 
 def _float() -> np.dtype:
@@ -300,24 +392,67 @@ def _float() -> np.dtype:
     return jax.dtypes.canonicalize_dtype(float)
 
 
+CALL = "for images of another size than the default take the layout from model.config.layout(height, width)"
+
+
+def _layout_of(where: Where) -> TokenLayout | None:
+    """The sequence in which single tokens are selected, if any are."""
+    selections = (where.get("tokens"), where.get("query"), where.get("key"))
+    layouts = {what.layout for what in selections if isinstance(what, TokenIndices)}
+    if len(layouts) > 1:
+        raise ValueError(f"tokens are selected in different layouts, {' and '.join(map(_sequence, layouts))}; {CALL}")
+    return layouts.pop() if layouts else None
+
+
+def _sequence(layout: TokenLayout) -> str:
+    return f"a sequence of {layout.tokens} tokens ({layout.grid[0]}x{layout.grid[1]} patches)"
+
+
+def _check_tokens(site: str, value: Array, where: Where) -> None:
+    """That a value over tokens is of the sequence in which single tokens are selected."""
+    layout = _layout_of(where)
+    if layout is None:
+        return
+    count = value.shape[1 + SITES[site].split().index("T")]
+    if count not in (1, layout.tokens):
+        raise ValueError(
+            f"the value for {site!r} is of {count} tokens, and tokens are selected in {_sequence(layout)}; {CALL}"
+        )
+
+
 def _tokens(model: ViT, what: Tokens, layout: TokenLayout | None) -> Mask:
     """A mask over groups, or over the tokens of `layout`."""
-    registers = model.config.registers
-    if isinstance(what, Positions):
-        if what.layout.prefix != model.prefix:
+    c = model.config
+    if isinstance(what, TokenIndices):
+        if (what.layout.registers, what.layout.cls) != (c.registers, c.cls):
             raise ValueError(
-                f"positions in a sequence with {what.layout.registers} registers; the model has {registers}"
+                f"tokens are selected in a sequence with {what.layout.registers} registers; the model has "
+                f"{c.registers}: take the layout from model.config.layout(height, width)"
             )
-        return choose("token", what.layout.tokens, what.index)
-    groups = TokenLayout(registers, (1, 1), model.config.cls).group_names
-    names: dict[str, Sequence[int]] = {name: [i] for i, name in enumerate(groups)}
-    names |= {"registers": range(model.prefix - registers, model.prefix)} if registers else {}
-    mask = choose("group of tokens", len(groups), what, names | {"all": range(len(groups))})
+        try:
+            return choose("token", what.layout.tokens, what.index)
+        except ValueError as error:
+            raise ValueError(f"{error}, in {_sequence(what.layout)}; {CALL}") from None
+    groups = TokenLayout(c.registers, (1, 1), c.cls).group_names
+    first, end = int(c.cls), int(c.cls) + c.registers
+    if isinstance(what, Registers):
+        if not c.registers:
+            raise ValueError("registers are selected, and this model has none")
+        numbers: dict[str, Sequence[int]] = {name: [i] for i, name in enumerate(groups[first:end])}
+        chosen = choose("register", c.registers, what.index, numbers | {"registers": range(c.registers)})
+        pad: Any = np.pad if isinstance(chosen, np.ndarray) else jnp.pad
+        mask = pad(chosen, (first, 1))
+    else:
+        names: dict[str, Sequence[int]] = {name: [i] for i, name in enumerate(groups)}
+        names |= {"registers": range(first, end)} if c.registers else {}
+        mask = choose("group of tokens", len(groups), what, names | {"all": range(len(groups))})
     return mask if layout is None else mask[layout.groups]
 
 
 def _rows(model: ViT, query: Tokens, mask: Mask | None) -> Queries:
-    """Whether a selection of queries by names holds patches."""
+    """Whether a selection of queries by names, or of registers, holds patches."""
+    if isinstance(query, Registers):
+        return "prefix"
     names = [query] if isinstance(query, str) else query if isinstance(query, Sequence) else [None]
     if isinstance(mask, np.ndarray) and all(isinstance(name, str) for name in names):
         return "prefix" if not mask[model.prefix :].any() else "all"
@@ -351,9 +486,9 @@ def _along(site: str, masks: Mapping[str, Mask]) -> Mask:
     return product
 
 
-def _with_layers(model: ViT, site: str, value: Array, layers: Any) -> Array:
-    """A value with an axis of layers: of one, or of all."""
-    rank, depth = len(SITES[site].split()), model.config.depth
+def _with_layers(model: ViT, site: str, value: Array, layers: Indices) -> Array:
+    """A value with an axis of layers in order of depth: of one, or of all."""
+    rank = len(SITES[site].split())
     if value.ndim == rank:
         return value[None]
     if value.ndim != rank + 1:
@@ -361,12 +496,36 @@ def _with_layers(model: ViT, site: str, value: Array, layers: Any) -> Array:
             f"the value for {site!r} has shape {list(value.shape)}; expected [{SITES[site].replace(' ', ', ')}], or "
             f"with an axis of layers before these"
         )
-    if value.shape[0] in (1, depth):
+    return _by_depth(model, value, layers, "the value")
+
+
+def _by_depth(model: ViT, value: Any, layers: Indices, what: str) -> Any:
+    """[n, ..] whose layers are in the order in which `layers` names them, or all in order of depth; as [1 or L, ..] in
+    order of depth. A single layer holds for all.
+    """
+    depth, n = model.config.depth, len(value)
+    if n == 1 or (layers is None and n == depth):
         return value
-    mask = choose("layer", depth, layers)
-    if not isinstance(mask, np.ndarray):
-        raise ValueError(f"the value has {value.shape[0]} layers and the layers are traced: give all {depth}, or one")
-    chosen = np.flatnonzero(mask)
-    if len(chosen) != value.shape[0]:
-        raise ValueError(f"the value has {value.shape[0]} layers, and {len(chosen)} of {depth} layers are selected")
-    return jnp.zeros((depth, *value.shape[1:]), value.dtype).at[chosen].set(value)
+    found = np.arange(depth) if layers is None else _read("layer", depth, layers)
+    if not jnp.issubdtype(found.dtype, jnp.integer) and isinstance(found, np.ndarray):
+        found = np.flatnonzero(found)
+    if isinstance(found, np.ndarray):
+        order = found % depth
+        if len(set(order.tolist())) < len(order):
+            raise ValueError(f"layers is {layers!r}, which names a layer twice; {what} needs each layer once")
+        if len(order) != n and n != depth:
+            raise ValueError(f"{what} has {n} layers, and {len(order)} of {depth} layers are selected")
+    else:  # traced: indices that are not there are dropped
+        order = jnp.where(found < 0, found + depth, found)
+        order = jnp.where((order < 0) | (order >= depth), depth, order)
+        if not jnp.issubdtype(found.dtype, jnp.integer) or len(found) != n:
+            if n != depth:
+                raise ValueError(f"{what} has {n} layers and the layers are traced: give all {depth}, or one")
+            return value
+    if len(order) != n:
+        return value
+    if isinstance(value, np.ndarray) and isinstance(order, np.ndarray):
+        placed = np.zeros((depth, *value.shape[1:]), value.dtype)
+        placed[order] = value
+        return placed
+    return jnp.zeros((depth, *value.shape[1:]), value.dtype).at[order].set(value, mode="drop")

@@ -20,7 +20,8 @@ class Grid:
     An axis is given as numbers, as a mapping of labels to numbers, or as words, which stand for 0, 1, ... A point is a
     mapping of each axis to its number there, an array with no axes: the constructors of edits take an integer as an
     index, and `jnp.select`, `jax.lax.switch` and indexing of stacked values turn the number of a word into what it
-    means.
+    means. As `tokens`, `query` or `key`, a bare number is the index of a group, out of `grids.groups`; a register's
+    number, which is another, goes as `Registers(point["register"])`.
     """
 
     def __init__(self, **axes: Iterable[Any] | Mapping[Label, Any]):
@@ -63,7 +64,10 @@ class Grid:
 
 
 def groups(model: ViT, which: str = "all") -> dict[Label, int]:
-    """Labels and indices of the groups of tokens: `all`, `registers`, or `prefix`, [CLS] and registers."""
+    """Labels and indices of the groups of tokens: `all`, `registers`, or `prefix`, [CLS] and registers.
+
+    The index of a group is not a register's number: with a class token, group 0 is `cls` and group 1 is `register 0`.
+    """
     names = TokenLayout(model.config.registers, (1, 1), model.config.cls).group_names
     start, stop = {"all": (0, None), "registers": (model.config.cls, -1), "prefix": (0, -1)}[which]
     if which == "registers" and not model.config.registers:
@@ -87,8 +91,10 @@ def group_edges(model: ViT, queries: str = "all") -> Grid:
 
 
 def registers(model: ViT) -> Grid:
-    """layer x single register."""
-    return Grid(layer=range(model.config.depth), register=groups(model, "registers"))
+    """layer x single register, by its number from 0: `tokens=Registers(point["register"])`."""
+    if not model.config.registers:
+        raise ValueError("this model has no registers")
+    return Grid(layer=range(model.config.depth), register=range(model.config.registers))
 
 
 def tokens(model: ViT, layout: TokenLayout | None = None) -> Grid:

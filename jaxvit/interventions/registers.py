@@ -157,7 +157,10 @@ def test_time_registers(model: ViT, neurons: Neurons, count: int = 1) -> tuple[V
     wider = add_registers(model, count)
     of_layer = np.zeros((model.config.depth, model.config.hidden), np.float32)
     of_layer[neurons.layer, neurons.channel] = 1
-    new = [f"register {model.config.registers + i + 1}" for i in range(count)]
+    new = [f"register {model.config.registers + i}" for i in range(count)]
     moved = select(wider, "mlp_post", {"tokens": [*new, "patches"]})
     to = select(wider, "mlp_post", {"tokens": new})["mask"]
     return wider, {"mlp_post": Relocate(mask=moved["mask"] * of_layer[:, None, None], to=to[:1])}
+
+
+test_time_registers.__test__ = False  # pyright: ignore[reportFunctionMemberAccess] -- pytest takes the name for a test

@@ -9,10 +9,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The sequence [CLS, register 1 .. register R, patch (0, 0) .. patch (rows - 1, columns - 1)].
+    """The sequence [CLS, register 0 .. register R - 1, patch (0, 0) .. patch (rows - 1, columns - 1)].
 
     A *group* is a set of tokens that is read or edited as one: [CLS] is one, each register is one, and the last is all
-    the patches. Some models have no class token (`cls` is False).
+    the patches. Register 0 is the first register, and never [CLS]. Some models have no class token (`cls` is False).
     """
 
     registers: int
@@ -34,7 +34,7 @@ class TokenLayout:
 
     @property
     def group_names(self) -> tuple[str, ...]:
-        return (*["cls"][: self.cls], *(f"register {i + 1}" for i in range(self.registers)), "patches")
+        return (*["cls"][: self.cls], *(f"register {i}" for i in range(self.registers)), "patches")
 
     @property
     def groups(self) -> np.ndarray:
