@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
@@ -17,8 +16,9 @@ from jax.typing import DTypeLike
 import jaxvit
 from convert import clip, deit, dino, dinov2, dinov3, timm
 from convert.engine import ConversionError, Layout, Tensors, convert_tensors, locate, stream_tensors
-from convert.sources import Branch, Source, open_source, sha256
-from jaxvit.io.checkpoint import WEIGHTS, check_place, saving, writing
+from convert.sources import Branch, Source, open_source, versions
+from jaxvit import Provenance
+from jaxvit.io.checkpoint import FormatError, check_place, checksum, saving, writing
 from jaxvit.model.config import Resampling
 from jaxvit.model.params import abstract, from_params, to_params
 
@@ -75,18 +75,53 @@ def load(source: Any, **options: Unpack[Options]) -> jaxvit.ViT:
     Raises:
       ConversionError: the source cannot be read, is of no known layout, or does not fit its layout in every tensor.
       jaxvit.CheckpointError: a folder that `jaxvit.save` wrote is damaged.
+
+    Example:
+
+        model = convert.load("facebook/dinov2-with-registers-small", dtype="bfloat16")
     """
-    return load_described(source, **options)[0]
-
-
-def load_described(source: Any, **options: Unpack[Options]) -> tuple[jaxvit.ViT, dict[str, Any]]:
-    """As `load`, with what is known of where the weights come from: kind, path, revision, checksums, layout."""
     dtype, resampling = options.pop("dtype", "float32"), options.pop("resampling", None)
     if is_jaxvit_folder(source):
-        model, (config, description) = jaxvit.load(source), jaxvit.read_config(source)
-        config = replace(config, resampling=resampling or config.resampling)
-        description["converted sha256"] = sha256(Path(source) / WEIGHTS)
-        return jaxvit.cast(from_params(config, to_params(model)), dtype), description
+        return changed(jaxvit.load(source), dtype, resampling)
+    return _load(source, dtype, resampling, options)[0]
+
+
+def load_described(source: Any, **options: Unpack[Options]) -> tuple[jaxvit.ViT, Provenance]:
+    """As `load`, with the provenance of the weights: kind, path, revision, checksums, layout, versions.
+
+    The provenance also holds the checksum of the model's weights, which takes some seconds for a large model. For a
+    folder that `jaxvit.save` wrote it is the one that the folder keeps. Options that change such a model, `dtype` and
+    `resampling`, then count as modifications.
+
+    Example:
+
+        model, provenance = convert.load_described(timm.create_model("vit_small_patch14_dinov2", pretrained=True))
+        print(provenance)  # source: module timm.models.vision_transformer.VisionTransformer of timm 1.0.31, ..
+        jaxvit.save(model, "small", provenance)
+    """
+    dtype, resampling = options.pop("dtype", "float32"), options.pop("resampling", None)
+    if is_jaxvit_folder(source):
+        loaded, provenance = jaxvit.load(source, described=True)
+        model = changed(loaded, dtype, resampling)
+        if dtype_of(model) != dtype_of(loaded) or model.config != loaded.config:
+            provenance = provenance.compared(checksum(model), dtype_of(model), model.config)
+        return model, provenance
+    model, description = _load(source, dtype, resampling, options)
+    return model, Provenance(description).compared(checksum(model), dtype_of(model), model.config)
+
+
+def changed(model: jaxvit.ViT, dtype: DTypeLike, resampling: Resampling | None) -> jaxvit.ViT:
+    config = replace(model.config, resampling=resampling or model.config.resampling)
+    return jaxvit.cast(from_params(config, to_params(model)), dtype)
+
+
+def dtype_of(model: jaxvit.ViT) -> str:
+    return model.patch_embed.kernel.dtype.name
+
+
+def _load(
+    source: Any, dtype: DTypeLike, resampling: Resampling | None, options: Options
+) -> tuple[jaxvit.ViT, dict[str, Any]]:
     check_dtype(dtype)
     opened = read(source, **reading(options))
     layout, tensors, config = recognise(opened)
@@ -94,7 +129,12 @@ def load_described(source: Any, **options: Unpack[Options]) -> tuple[jaxvit.ViT,
     params = convert_tensors(layout, tensors, config, dtype, opened.ignored)
     # On a CPU they stay where they are; elsewhere they go one after the other.
     model = from_params(config, {name: jax.device_put(params.pop(name)) for name in list(params)})
-    return model, opened.description | {"layout": layout.name}
+    return model, describe(opened, layout)
+
+
+def describe(opened: Source, layout: Layout) -> dict[str, Any]:
+    """What a provenance keeps of a source."""
+    return opened.description | {"layout": layout.name, "versions": versions("jaxvit", "jax", "flax")}
 
 
 def convert(
@@ -130,9 +170,9 @@ def convert_to_folder(
     layout, tensors, config = recognise(opened)
     config = replace(config, resampling=resampling or config.resampling)
     shapes = {name: (dtype, leaf.shape) for name, leaf in to_params(abstract(config)).items()}
-    about = opened.description | {"layout": layout.name, "versions": versions("jaxvit", "jax", "flax")}
+    provenance = Provenance(describe(opened, layout))
     with (
-        saving(folder, config, source=about, overwrite=overwrite) as weights,
+        saving(folder, config, provenance, overwrite=overwrite) as weights,
         writing(weights, shapes) as put,
     ):
         stream_tensors(put, layout, tensors, config, dtype, opened.ignored, progress=sys.stderr.isatty())
@@ -155,7 +195,7 @@ def read(source: Any, **known: Unpack[Reading]) -> Source:
     return opened
 
 
-CONFIG_FIELDS = tuple(field.name for field in fields(jaxvit.ViTConfig) if field.compare)
+CONFIG_FIELDS = tuple(field.name for field in fields(jaxvit.ViTConfig))
 
 
 def reading(options: Mapping[str, Any]) -> Reading:
@@ -169,19 +209,11 @@ def is_jaxvit_folder(source: Any) -> bool:
         return False
     try:
         jaxvit.read_config(source)
+    except FormatError:
+        raise
     except jaxvit.CheckpointError:
         return False
     return True
-
-
-def versions(*packages: str) -> dict[str, str]:
-    def of(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
-    return {package: of(package) for package in packages}
 
 
 def recognise(source: Source) -> tuple[Layout, Tensors, jaxvit.ViTConfig]:

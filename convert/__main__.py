@@ -12,7 +12,7 @@ from typing import Any, get_args
 import convert
 import jaxvit
 from convert.sources import Branch
-from jaxvit.io.description import in_words
+from jaxvit.io.checkpoint import read_content
 from jaxvit.model.config import Resampling
 
 DESCRIPTION = """Converts a PyTorch checkpoint of a Vision Transformer to a jaxvit model.
@@ -83,8 +83,11 @@ def convert_command(arguments: Sequence[str]) -> int:
         overwrite=options.overwrite,
         **known,
     )
-    print(f"wrote {options.dest}: {in_words(config)}")
-    return _verify(options.dest, options.source, None, known) if options.verify else 0
+    print(f"wrote {options.dest}: {config.in_words()}")
+    if options.verify:
+        return _verify(options.dest, options.source, None, known)
+    print(read_content(options.dest)["provenance"])  # just written: no need to read the weights again
+    return 0
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +156,7 @@ def _verify(folder: str | Path, source: str, sizes: Sequence[tuple[int, ...]] | 
     print(table(comparisons))
     passed = all(comparison.passed for comparison in comparisons.values())
     print(f"{'equal' if passed else 'NOT EQUAL'} within the limits; wrote {Path(folder) / 'parity.json'}")
+    print(jaxvit.describe(folder))
     return 0 if passed else 1
 
 
@@ -160,7 +164,8 @@ def show(arguments: Sequence[str]) -> int:
     parser = parser_for(" show", "What a converted model is, where it comes from, and how equal to it it was found.")
     parser.add_argument("dest", metavar="DEST", help="a folder that python -m convert wrote")
     options = parser.parse_args(arguments)
-    print(jaxvit.describe(options.dest))
+    provenance = jaxvit.describe(options.dest)
+    print(jaxvit.read_config(options.dest)[0].in_words(), provenance, sep="\n")
     return 0
 
 

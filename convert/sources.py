@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -12,6 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from convert.neighbours import looks_like
 from convert.onnx_graph import read_onnx
 from convert.timm import POOLS, architecture_hints, folder_hints, module_hints
 from jaxvit import CheckpointError, Preprocess
-from jaxvit.io.checkpoint import SafetensorsFile
+from jaxvit.io.checkpoint import SafetensorsFile, sha256
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OPEN_CLIP, OPEN_CLIP_CONFIG = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"), "open_clip_config.json"
@@ -104,9 +104,16 @@ def _open(source: Any, revision: str | None, branch: Branch | None) -> Source:
     )
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of installed packages, for a provenance."""
+
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return {package: of(package) for package in packages}
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -480,5 +487,8 @@ def _module(module: Any) -> Source:
         act = getattr(block.mlp, "act", None)
         if act is not None and (type(act).__name__ != "GELU" or getattr(act, "approximate", "none") != "none"):
             raise ConversionError(f"the module's MLP has {act}: expected the exact GELU")
+    library = kind.__module__.partition(".")[0]
     description = {"kind": "module", "path": f"{kind.__module__}.{kind.__qualname__}"}
+    if (installed := versions(library)[library]) != "not installed":
+        description["library"] = f"{library} {installed}"
     return Source(_arrays(module.state_dict()), description, hints)

@@ -16,7 +16,6 @@ measured too, and reported without a limit.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -36,9 +35,9 @@ import jaxvit
 from convert import Reading, versions
 from convert.engine import ConversionError
 from convert.originals import READ, Original, Values, original_of
-from convert.sources import sha256
 from jaxvit import SITES, Output, Take, ViT, ViTConfig
-from jaxvit.io.checkpoint import PARITY, WEIGHTS, replacing_file
+from jaxvit.io.checkpoint import PARITY, WEIGHTS, replacing_file, sha256, write_json
+from jaxvit.io.provenance import without_preparation
 from jaxvit.model.params import from_params, to_params
 
 FLOAT64_LIMIT = 1e-10
@@ -268,7 +267,7 @@ def random_images(model: ViT, size: Size, seed: int = 0, tokens: int = 500) -> n
 
 
 def certificate(
-    comparisons: Mapping[str, Comparison], original: Original, checksums: Mapping[str, str]
+    comparisons: Mapping[str, Comparison], config: ViTConfig, original: Original, checksums: Mapping[str, str]
 ) -> dict[str, Any]:
     """What parity.json holds: everything measured, and between what."""
     return {
@@ -276,6 +275,7 @@ def certificate(
         "original": original.name,
         "limits": {"float64 error": FLOAT64_LIMIT, "float32 error / the original's": FLOAT32_LIMIT},
         "sha256": dict(checksums),
+        "config": without_preparation(config),
         "sha256 of the original": dict(original.checksums),
         "versions": versions("jaxvit", "jax", "jaxlib", "flax", "torch", "timm", "transformers"),
         "sizes": {
@@ -314,7 +314,7 @@ def table(comparisons: Mapping[str, Comparison]) -> str:
 
 
 def differing_sizes(ours: ViTConfig, theirs: ViTConfig) -> str:
-    names = [field.name for field in fields(ViTConfig) if field.compare]
+    names = [field.name for field in fields(ViTConfig)]
     return ", ".join(
         f"{name} {getattr(ours, name)} and {getattr(theirs, name)}"
         for name in names
@@ -345,7 +345,7 @@ def verify_folder(
     if differ := differing_sizes(model.config, original.config):
         raise ConversionError(f"{folder} and the original are different models: {differ}")
     comparisons = verify(model, original, sizes, progress=progress)
-    report = certificate(comparisons, original, {WEIGHTS: sha256(folder / WEIGHTS)})
+    report = certificate(comparisons, model.config, original, {WEIGHTS: sha256(folder / WEIGHTS)})
     with replacing_file(folder / PARITY) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(temporary, report)
     return comparisons

@@ -42,7 +42,7 @@ class About:
       registers: how many.
       registers_are: trained with the model; "test-time": appended to a model trained without (Jiang et al. 2025).
       weights: "random" ones show that the code runs and prove nothing about Vision Transformers.
-      source: where the weights come from, as `convert.load_described` tells.
+      source: where the weights come from, as `experiments.subjects.told` makes it of a provenance.
       config: of the model, `ViTConfig.to_dict`.
     """
 

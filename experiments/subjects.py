@@ -15,7 +15,7 @@ import numpy as np
 import convert
 from convert import catalogue
 from experiments.experiment import About, Subject
-from jaxvit import ViT, ViTConfig
+from jaxvit import Provenance, ViT, ViTConfig
 from jaxvit.model.params import abstract, from_params, to_params
 
 LETTERS = {192: "Ti", 384: "S", 512: "M", 768: "B", 1024: "L", 1280: "H", 1536: "g", 4096: "7B"}
@@ -78,7 +78,8 @@ def load(spec: Spec, key: str, dtype: str = "float32") -> Subject:
         config = ViTConfig(**spec.random)
         model, source = random_weights(config, dtype), {"kind": "random", "seed": 0}
     else:
-        model, source = convert.load_described(spec.source, dtype=dtype)
+        model, provenance = convert.load_described(spec.source, dtype=dtype)
+        source = told(provenance)
     config = model.config
     hub = spec.source if source.get("kind") == "hub" else Path(spec.source).name  # and not the folders it is in
     family = "random" if spec.random else family_of([spec.name, hub], config)
@@ -98,6 +99,13 @@ def load(spec: Spec, key: str, dtype: str = "float32") -> Subject:
         config=config.to_dict(),
     )
     return Subject(about, model)
+
+
+def told(provenance: Provenance) -> dict[str, Any]:
+    """What results.json keeps of a provenance: the source, which weights it gave, and what is to be known of them."""
+    source = {**provenance.source, "weights sha256": provenance.weights}
+    source |= {"assumed": "; ".join(provenance.assumptions)} if provenance.assumptions else {}
+    return source | ({"modified since": "; ".join(provenance.changes)} if provenance.modified else {})
 
 
 FAMILY_NAMES = {"dinov3": "DINOv3", "dinov2": "DINOv2", "deit3": "DeiT III", "deitiii": "DeiT III"}

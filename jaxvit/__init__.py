@@ -31,6 +31,7 @@ from jaxvit.interventions.statistics import ActivationStats
 from jaxvit.interventions.sweeps import attribute, cls_cosine, sweep
 from jaxvit.io.checkpoint import CheckpointError, describe, load, read_config, save
 from jaxvit.io.images import Batch, ImageError, decode, find_images, prepare, resize, stream
+from jaxvit.io.provenance import Provenance
 from jaxvit.model.config import Preprocess, ViTConfig
 from jaxvit.model.edits import Edit, Knockout, Relocate, Shuffle, merge, one_of
 from jaxvit.model.params import cast, functional
@@ -52,6 +53,7 @@ __all__ = [
     "Neurons",
     "Output",
     "Preprocess",
+    "Provenance",
     "Registers",
     "Relocate",
     "Shuffle",

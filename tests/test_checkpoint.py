@@ -13,7 +13,7 @@ from conftest import FAMILIES, random_model
 from safetensors.numpy import load_file, save_file
 
 import jaxvit
-from jaxvit import CheckpointError
+from jaxvit import CheckpointError, Provenance
 from jaxvit.io import checkpoint
 from jaxvit.model.params import to_params
 
@@ -28,7 +28,7 @@ def other():
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with a model; tests that spoil it take a copy."""
-    return jaxvit.save(random_model(CONFIG), tmp_path_factory.mktemp("saved") / "model", source={"from": "here"})
+    return jaxvit.save(random_model(CONFIG), tmp_path_factory.mktemp("saved") / "model", Provenance({"from": "here"}))
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_names_may_be_strings(tmp_path, other):
 
 def test_config_and_source_come_back(model, tmp_path):
     source = {"name": "hub:facebook/dinov2", "files": [{"sha256": "0" * 64}], "torch": "2.9"}
-    jaxvit.save(model, tmp_path / "model", source=source)
+    jaxvit.save(model, tmp_path / "model", Provenance(source))
     assert jaxvit.read_config(tmp_path / "model") == (model.config, source)
     assert jaxvit.read_config(jaxvit.save(model, tmp_path / "plain")) == (model.config, {})
 
@@ -200,11 +200,13 @@ def without(config, name):
         (lambda c: "", ["is not the config of a jaxvit model"]),
         (lambda c: [], ["is not the config of a jaxvit model"]),
         (lambda c: {"model_type": "dinov2", "hidden_size": 384}, ["is not the config of a jaxvit model", "format"]),
-        (lambda c: c | {"format": 1}, ["is of format 1", "reads format 2"]),
+        (lambda c: c | {"format": 1}, ["is of format 1", "no longer reads: convert the model again"]),
         (lambda c: without(c, "config"), ["not the config", "config"]),
-        (lambda c: without(c, "source"), ["not the config", "source"]),
+        (lambda c: without(c, "provenance"), ["not the config", "provenance"]),
+        (lambda c: c | {"provenance": {}}, ["not the config", "source"]),
+        (lambda c: c | {"provenance": {"source": {}, "config": 3}}, ["not the config"]),
         (lambda c: c | {"config": 3}, ["not the config"]),
-        (lambda c: c | {"config": c["config"] | {"roped": 1, "bias": 2}}, ["unknown names ['bias', 'roped']"]),
+        (lambda c: c | {"config": c["config"] | {"roped": 1, "bias": 2}}, ["fields 'bias', 'roped', which jaxvit"]),
         (lambda c: c | {"config": without(c["config"], "depth")}, ["missing names ['depth']"]),
         (lambda c: c | {"config": c["config"] | {"heads": 5}}, ["not a multiple of the number of heads"]),
         (lambda c: c | {"config": c["config"] | {"depth": "3"}}, ["not the config"]),
@@ -229,7 +231,8 @@ def test_a_config_that_is_not_text_is_described(folder):
 
 def test_weights_of_another_config_do_not_load(folder):
     config = CONFIG.to_dict() | {"registers": 0, "mlp": "swiglu"}
-    (folder / "config.json").write_text(json.dumps({"format": 2, "config": config, "source": {}}))
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"config": config}))
     with pytest.raises(CheckpointError) as caught:
         jaxvit.load(folder)
     for problem in ("blocks.mlp.gate.kernel is missing", "registers is not expected", "blocks.mlp.fc1.bias is not"):
@@ -264,7 +267,7 @@ def test_an_interruption_leaves_nothing(other, tmp_path, monkeypatch):
 
 def test_a_source_that_is_not_json_leaves_nothing(other, tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
-        jaxvit.save(other, tmp_path / "model", source={"path": Path()})
+        jaxvit.save(other, tmp_path / "model", Provenance({"path": Path()}))
     assert list(tmp_path.iterdir()) == []
 
 

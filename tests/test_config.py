@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxvit import Preprocess, TokenLayout, ViTConfig
-from jaxvit.model.config import Mlp, check_types
+from jaxvit.model.config import Mlp, check_types, unknown_fields
 
 SMALL = dict(depth=2, width=32, heads=4, hidden=48)
 
@@ -96,16 +96,28 @@ def test_configs_survive_json(config):
 
 def test_unknown_and_missing_names_are_all_listed():
     values = ViTConfig(**SMALL).to_dict()
-    del values["depth"], values["eps"]
+    del values["depth"], values["heads"], values["eps"]
     values |= dict(droppath=0.1, dropout=0.2)
-    with pytest.raises(ValueError, match=r"ViTConfig.*unknown names \['dropout', 'droppath'\].*\['depth', 'eps'\]"):
+    with pytest.raises(ValueError, match=r"ViTConfig.*unknown names \['dropout', 'droppath'\].*\['depth', 'heads'\]"):
         ViTConfig.from_dict(values)
 
 
-def test_unknown_and_missing_names_of_the_preparation_are_listed():
+def test_missing_names_take_their_defaults():
+    assert ViTConfig.from_dict(SMALL) == ViTConfig(**SMALL)
+    assert ViTConfig.from_dict(SMALL | {"preprocess": {"crop": 56}}).preprocess == Preprocess(crop=56)
+
+
+def test_unknown_fields_are_found_at_both_levels():
+    values = ViTConfig(**SMALL).to_dict()
+    assert unknown_fields(values) == unknown_fields(SMALL) == []
+    values["preprocess"]["depth"] = 3
+    assert unknown_fields(values | {"roped": 1, "crop": 2}) == ["crop", "roped", "preprocess.depth"]
+
+
+def test_unknown_names_of_the_preparation_are_listed():
     values = ViTConfig(**SMALL).to_dict()
     values["preprocess"] = dict(resize=256, crop=224, mean=[0, 0, 0], scale=[1, 1, 1])
-    with pytest.raises(ValueError, match=r"Preprocess.*unknown names \['scale'\].*missing names \['std'\]"):
+    with pytest.raises(ValueError, match=r"Preprocess.*unknown names \['scale'\]"):
         ViTConfig.from_dict(values)
 
 
@@ -187,3 +199,11 @@ def test_values_of_another_type_are_named(field, value, words):
     object.__setattr__(config, field, value)  # as the tests' checks of types would not let it through
     with pytest.raises(ValueError, match=words):
         check_types(config)
+
+
+def test_words():
+    words = ViTConfig.dinov2("small", 4, classes=10).in_words()
+    assert words == (
+        "12 blocks of width 384, 6 heads, gelu MLP, 4 registers, patches of 14 px, a grid of 37x37, 10 outputs"
+    )
+    assert "no class token" in ViTConfig(**SMALL, cls=False, pool="mean").in_words()

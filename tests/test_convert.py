@@ -406,7 +406,8 @@ def test_source_is_recorded(tmp_path, layout):
 
 def test_shards_are_recorded(tmp_path):
     write_shards(tmp_path / "model", transformers_state(CONFIG, NUMBERS))
-    model, source = convert.load_described(tmp_path / "model")
+    model, provenance = convert.load_described(tmp_path / "model")
+    source = provenance.source
     files = (tmp_path / "model").glob("*.safetensors")
     assert {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files} == source["sha256"]
     assert source["layout"] == "dinov2/transformers"

@@ -253,8 +253,9 @@ def cache(tmp_path):
 
 
 def assert_loads(n=NUMBERS, config=CONFIG, repo=REPO, **options):
-    """The model has these numbers, to the last bit. Gives its description."""
-    model, description = convert.load_described(repo, **options)
+    """The model has these numbers, to the last bit. Gives what is known of its source."""
+    model, provenance = convert.load_described(repo, **options)
+    description = provenance.source
     params, wanted = to_params(model), expected(config, n)
     assert set(params) == set(wanted)
     for name, array in wanted.items():
@@ -320,7 +321,8 @@ def test_open_clip(hub, made):
     about = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": {}}, "preprocess_cfg": {}}
     file, config = "open_clip_model.safetensors", "open_clip_config.json"
     hub.repositories[REPO] = Repository({FIRST: {config: json.dumps(about).encode(), file: made(state, file)}})
-    model, description = convert.load_described(REPO)
+    model, provenance = convert.load_described(REPO)
+    description = provenance.source
     assert (model.config.mlp, model.config.heads, model.config.depth) == ("gelu", 1, 1)
     assert set(description["sha256"]) == {file} and set(description["config sha256"]) == {config}
     np.testing.assert_array_equal(np.asarray(to_params(model)["norm.scale"]), state["visual.ln_post.weight"])

@@ -213,11 +213,11 @@ def test_a_register_number_is_never_that_of_a_group(model, style):
 def test_a_traced_register_number_does_as_a_plain_one(model, bare):
     @jax.jit
     def masks(i):
-        cut = knockout(model, query=Registers(i), key=Registers([i, 0]))["weights"]
+        cut = knockout(model, query=Registers(i), key=Registers([i, 0]))["scores"]
         return ablate(model, "z", tokens=Registers(i))["z"].mask, cut.mask, remove_registers(model, i)["scores"].mask
 
     for i in (0, 1, 2, -1):
-        cut = knockout(model, query=Registers(i), key=Registers((i % 3, 0)))["weights"]
+        cut = knockout(model, query=Registers(i), key=Registers((i % 3, 0)))["scores"]
         expected = (
             ablate(model, "z", tokens=Registers(i))["z"].mask,
             cut.mask,

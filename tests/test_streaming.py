@@ -71,9 +71,8 @@ def test_the_folder_is_what_load_and_save_write(family, layout, tmp_path):
     config = FAMILIES[family]
     path = write_safetensors(tmp_path / "some.safetensors", WRITERS[layout](config, numbers(config)))
     told = convert.convert_to_folder(path, tmp_path / "streamed")
-    model, source = convert.load_described(path)
-    source["versions"] = convert.versions("jaxvit", "jax", "flax")
-    jaxvit.save(model, tmp_path / "whole", source=source)
+    model, provenance = convert.load_described(path)
+    jaxvit.save(model, tmp_path / "whole", provenance)
     assert told == model.config
     assert contents(tmp_path / "streamed") == contents(tmp_path / "whole")
     assert {path.stat().st_mode for path in (tmp_path / "streamed").iterdir()} == {0o100644}

@@ -1,6 +1,7 @@
 """Which models are studied: names, families, presets, and what a dry run tells."""
 
 import dataclasses
+import hashlib
 
 import jax
 import numpy as np
@@ -88,6 +89,10 @@ def test_random_weights_are_marked_and_those_of_a_file_are_not(tmp_path):
     about = load(Spec(str(tmp_path / "dinov2-toy")), "toy").about
     assert (about.weights, about.registers_are, about.registers, about.family) == ("trained", "trained", 2, "DINOv2")
     assert about.parameters == sum(leaf.size for leaf in jax.tree.leaves(model))
+    digest = hashlib.sha256((tmp_path / "dinov2-toy" / "model.safetensors").read_bytes()).hexdigest()
+    assert about.source == {"weights sha256": digest}
+    half = load(Spec(str(tmp_path / "dinov2-toy")), "toy", "bfloat16").about
+    assert half.source["weights sha256"] == digest and "they are bfloat16" in half.source["modified since"]
 
 
 def test_an_identity_changes_with_the_file(tmp_path):

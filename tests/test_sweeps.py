@@ -427,7 +427,7 @@ def test_a_thousand_points_are_one_program_and_take_no_more_memory_than_ten(monk
         traces.clear(), spy.live.clear(), spy.starts.clear()
     few, many = found
     assert len(grid) == 1056 and (few[3], many[3]) == (3, 132)
-    # Traced once a sweep, to see whether they are what they were; once a program; and once more for more points' layers.
+    # Traced once a sweep, to see whether they are what they were, once a program, and once more for more points.
     assert [few[0].count(name) for name in ("metric", "edits")] == [2, 3]
     assert [many[0].count(name) for name in ("metric", "edits")] == [1, 2]
     assert {np.shape(numbers) for points in spy.points for numbers in points.values()} == {(8,)}

@@ -1,4 +1,4 @@
-"""Files in and out: images and their batches, model folders, progress bars.
+"""Files in and out: images and their batches, model folders and their provenance, progress bars.
 
 Imports `jaxvit.model` alone.
 """

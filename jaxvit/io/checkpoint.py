@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +24,17 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from jaxvit.io.description import in_words, of_parity, origin
-from jaxvit.model.config import ViTConfig
-from jaxvit.model.params import abstract, enabled, from_params, to_params
+from jaxvit.io.provenance import Provenance, of_parity
+from jaxvit.model.config import ViTConfig, unknown_fields
+from jaxvit.model.params import abstract, enabled, from_params, matrix_shape, to_params
 from jaxvit.model.vit import ViT
 
 WEIGHTS, CONFIG, PARITY = "model.safetensors", "config.json", "parity.json"
-FORMAT = 2
+FORMAT = 3
+READABLE_FROM = "0.1.0"
+"""The first release that reads what this one writes: a new field of the config raises it, and leaves FORMAT alone.
+
+FORMAT rises when the same fields or tensors mean something else. Then `load` brings older folders up to date."""
 
 TYPES = {
     "F64": np.dtype(np.float64),
@@ -56,45 +63,91 @@ class CheckpointError(ValueError):
     """A folder that is not a complete jaxvit model, or cannot be written."""
 
 
+class FormatError(CheckpointError):
+    """A jaxvit model that another release wrote, and that this one does not read."""
+
+
 def save(
-    model: ViT, folder: str | os.PathLike[str], *, source: Mapping[str, Any] | None = None, overwrite: bool = False
+    model: ViT, folder: str | os.PathLike[str], provenance: Provenance | None = None, *, overwrite: bool = False
 ) -> Path:
     """Writes the model to a new folder: all of it or nothing.
 
     Everything is written under a temporary name next to `folder`, which is then renamed.
 
     Args:
-      source: where the weights come from, kept in config.json (names, checksums, versions).
+      provenance: where the weights come from. If the model's weights or config are not the ones it speaks of, the
+        folder says so, and keeps no certificate of parity; else it keeps the certificate, if there is one.
       overwrite: replace `folder` if it already holds a jaxvit model; anything else is never replaced.
 
     Raises:
       CheckpointError: the folder exists, or cannot be written.
+
+    Example:
+
+        model, provenance = jaxvit.load("base", described=True)
+        jaxvit.save(jaxvit.cast(model, "bfloat16"), "half", provenance)
     """
     arrays = {name: np.asarray(leaf) for name, leaf in to_params(model).items()}
-    with saving(folder, model.config, source=source, overwrite=overwrite) as weights:
+    with saving(folder, model.config, provenance, overwrite=overwrite) as weights:
         save_file(arrays, weights)
     return Path(folder)
 
 
 @contextmanager
 def saving(
-    folder: str | os.PathLike[str],
-    config: ViTConfig,
-    *,
-    source: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
+    folder: str | os.PathLike[str], config: ViTConfig, provenance: Provenance | None = None, *, overwrite: bool = False
 ) -> Iterator[Path]:
-    """Where to write the weights of a model of `config`; when the block succeeds, the model takes its place.
+    """Yields where to write the weights of a model of `config`. When the block succeeds, the model takes its place.
 
-    What else it says, and raises, is `save`'s.
+    See `save` for arguments and errors.
     """
     check_place(folder, overwrite)
-    content = {"format": FORMAT, "config": config.to_dict(), "source": dict(source or {})}
     with replacing(Path(folder), (WEIGHTS, CONFIG, PARITY)) as temporary:
-        yield temporary / WEIGHTS
-        (temporary / WEIGHTS).chmod(0o644)  # whatever the umask
+        weights = temporary / WEIGHTS
+        yield weights
+        weights.chmod(0o644)  # whatever the umask
+        digest = sha256(weights)
+        told = (provenance or Provenance()).compared(digest, dtype_of(SafetensorsFile(weights)), config)
+        if told.parity is not None:
+            write_json(temporary / PARITY, told.parity)
+        content = {"format": FORMAT, "readable from": READABLE_FROM, "config": config.to_dict()}
         # Last: without it, what an interruption left would be no model.
-        (temporary / CONFIG).write_text(json.dumps(content, indent=1) + "\n")
+        write_json(temporary / CONFIG, content | {"sha256": digest, "provenance": told.to_dict()})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, as `sha256sum` prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum(model: ViT) -> str:
+    """The sha256 of the file of weights that `save` writes for this model. Writes no file.
+
+    Example:
+
+        checksum(model) == Provenance.weights  # the model still has the weights that it was loaded with
+    """
+    params = to_params(model)
+    return checksum_of({name: (leaf.dtype, leaf.shape) for name, leaf in params.items()}, params.__getitem__)
+
+
+def checksum_of(tensors: Mapping[str, tuple[DTypeLike, Sequence[int]]], read: Callable[[str], Any]) -> str:
+    """The same for tensors of these dtypes and shapes. Each is read by name, one after the other."""
+    header, starts = laid_out(tensors)
+    digest = hashlib.sha256(header)
+    for name in starts:
+        digest.update(np.ascontiguousarray(read(name)).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def dtype_of(file: SafetensorsFile) -> str:
+    """The type of the weights in a file; of several, all."""
+    return ", ".join(sorted({file.dtype(name).name for name in file}))
 
 
 def check_place(folder: str | os.PathLike[str], overwrite: bool) -> None:
@@ -103,6 +156,8 @@ def check_place(folder: str | os.PathLike[str], overwrite: bool) -> None:
     if any_entry(folder):
         try:
             read_config(folder)  # others keep a config.json too
+        except FormatError:
+            raise
         except CheckpointError as error:
             raise CheckpointError(f"{folder} exists and is not a jaxvit model: choose another folder") from error
         if not overwrite:
@@ -129,6 +184,21 @@ def writing(path: Path, tensors: Mapping[str, tuple[DTypeLike, Sequence[int]]]) 
     Raises:
       ValueError: a type that safetensors files have no name for.
     """
+    header, starts = laid_out(tensors)
+    with open(path, "wb") as file:
+
+        def put(name: str, start: int, values: np.ndarray) -> None:
+            values = np.ascontiguousarray(values, np.dtype(tensors[name][0])).reshape(-1)
+            file.seek(starts[name] + start * values.itemsize)
+            file.write(values.view(np.uint8).data)  # Python's buffers know no bfloat16
+
+        yield put
+        file.seek(0)
+        file.write(header)
+
+
+def laid_out(tensors: Mapping[str, tuple[DTypeLike, Sequence[int]]]) -> tuple[bytes, dict[str, int]]:
+    """How a safetensors file begins, and where each tensor starts in it, in their order. Raises as `writing`."""
     dtypes = {name: np.dtype(dtype) for name, (dtype, _) in tensors.items()}
     if foreign := sorted({dtype.name for dtype in dtypes.values() if dtype not in CODES}):
         raise ValueError(f"safetensors files hold no {', '.join(foreign)}")
@@ -139,16 +209,8 @@ def writing(path: Path, tensors: Mapping[str, tuple[DTypeLike, Sequence[int]]]) 
         entries[name] = {"dtype": CODES[dtypes[name]], "shape": shape, "data_offsets": [starts[name], end]}
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    with open(path, "wb") as file:
-
-        def put(name: str, start: int, values: np.ndarray) -> None:
-            values = np.ascontiguousarray(values, dtypes[name]).reshape(-1)
-            file.seek(8 + len(header) + starts[name] + start * values.itemsize)
-            file.write(values.view(np.uint8).data)  # Python's buffers know no bfloat16
-
-        yield put
-        file.seek(0)
-        file.write(len(header).to_bytes(8, "little") + header)
+    header = len(header).to_bytes(8, "little") + header
+    return header, {name: len(header) + start for name, start in starts.items()}
 
 
 def any_entry(folder: Path) -> bool:
@@ -237,20 +299,69 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[ViTConfig, dict[str, An
     Raises:
       CheckpointError: no such folder, no config.json in it, or one that does not make sense.
     """
+    content = read_content(folder)
+    return content["config"], dict(content["provenance"].source)
+
+
+def read_content(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """config.json in the present format, with its config as a ViTConfig and its provenance as a Provenance.
+
+    `content["format"]` is the format that the folder is of. Raises as `read_config`.
+    """
     folder = Path(folder)
     path = folder / CONFIG
     if not path.is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
         raise CheckpointError(f"{folder} {what}: expected a folder written by jaxvit.save or python -m convert")
     try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise CheckpointError(f"{path} is of format {content['format']}; this version reads format {FORMAT}")
-        return ViTConfig.from_dict(content["config"]), content["source"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        stored, _ = content["format"], content["config"]  # other software may write the one, but not both
+        if stored == 1:
+            raise FormatError(f"{path} is of format 1, which jaxvit no longer reads: convert the model again")
+        own, newer = own_version(), newer_release(content)
+        if stored not in (2, FORMAT):
+            reader = f"jaxvit {newer} or newer reads it" if newer else f"it reads formats 2 and {FORMAT}"
+            raise FormatError(f"{path} is of format {stored}, which jaxvit {own} does not know: {reader}")
+        if stored == 2:
+            content = from_format_2(content)
+        if unknown := unknown_fields(content["config"]):
+            names = ", ".join(map(repr, unknown))
+            reader = f"and jaxvit {newer} or newer reads it" if newer else "which has no such fields"
+            raise FormatError(
+                f"{path} has the fields {names}, which jaxvit {own} does not know: it is of format {stored}, {reader}"
+            )
+        config = ViTConfig.from_dict(content["config"])
+        provenance = Provenance.from_dict(content["provenance"])
+        return content | {"format": stored, "config": config, "provenance": provenance}
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not the config of a jaxvit model: {error!r}") from error
+
+
+def from_format_2(content: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a folder of format 2, in the present format."""
+    config = dict(content["config"])
+    if not config.pop("head_bias"):  # of a CLIP, whose projection was called a classifier without a bias
+        config |= {"classes": 0, "projection": config["classes"]}
+    return {**content, "format": FORMAT, "config": config, "provenance": {"source": content["source"]}}
+
+
+def newer_release(content: Mapping[str, Any]) -> str:
+    """The first release that reads a config.json, if it is newer than this one; else an empty string."""
+    first = str(content.get("readable from", ""))
+    return first if numbers_of(first) > numbers_of(own_version()) else ""
+
+
+def own_version() -> str:
+    try:
+        return version("jaxvit")
+    except PackageNotFoundError:  # its folder is on the path, but it was not installed
+        return "(not installed)"
+
+
+def numbers_of(release: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", release)[:3]]
 
 
 def read_parity(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -263,42 +374,78 @@ def read_parity(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        parity = json.loads(path.read_text())
+        parity = json.loads(path.read_text(encoding="utf-8"))
         list(of_parity(parity))
+        if "config" in parity:
+            ViTConfig.from_dict(parity["config"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a certificate of parity: {error!r}") from error
     return parity
 
 
-def describe(folder: str | os.PathLike[str]) -> str:
-    """What a saved model is, where its weights come from, and how equal to their source they were found.
+def describe(folder: str | os.PathLike[str]) -> Provenance:
+    """Where the weights of a saved model come from, and how equal to their source they were found.
+
+    Reads model.safetensors once, for its checksum: the provenance says so if it is not the file that was saved here.
 
     Raises:
-      CheckpointError: as `read_config` and `read_parity`.
+      CheckpointError: as `read_config`, a parity.json that does not make sense, or no model.safetensors.
+
+    Example:
+
+        print(jaxvit.describe("base"))  # source: hub facebook/dinov2-with-registers-base at revision ..
     """
-    config, source = read_config(folder)
-    return f"{in_words(config)}\n{origin(source, read_parity(folder))}"
+    folder = Path(folder)
+    return provenance_of(folder, read_content(folder), SafetensorsFile(folder / WEIGHTS))
 
 
-def load(folder: str | os.PathLike[str]) -> ViT:
-    """Reads a model that `save` or `python -m convert` wrote; `model.description` says where its weights come from.
+def provenance_of(folder: Path, content: Mapping[str, Any], file: SafetensorsFile) -> Provenance:
+    config, told, digest = content["config"], content["provenance"], sha256(file.path)
+    told = replace(told, parity=read_parity(folder)).compared(digest, dtype_of(file), config)
+    if content["format"] == 2:
+        # It names no checksum. That of the present format is the one to compare with from here on.
+        shapes = {name: leaf.shape for name, leaf in to_params(abstract(config)).items()}
+        tensors = {name: (file.dtype(name), shapes.get(name, file.shape(name))) for name in file}
+        return replace(told, weights=checksum_of(tensors, file.__getitem__))
+    if digest != content.get("sha256", digest):
+        swapped = f"{WEIGHTS} is not the file that was saved here"
+        return replace(told, changes=(swapped, *told.changes))
+    return told
+
+
+@overload
+def load(folder: str | os.PathLike[str], *, described: Literal[False] = False) -> ViT: ...
+@overload
+def load(folder: str | os.PathLike[str], *, described: Literal[True]) -> tuple[ViT, Provenance]: ...
+def load(folder: str | os.PathLike[str], *, described: bool = False) -> ViT | tuple[ViT, Provenance]:
+    """Reads a model that `save` or `python -m convert` wrote.
+
+    Args:
+      described: whether to return `(model, provenance)`. That reads the file once more, for its checksum.
 
     Raises:
       CheckpointError: a missing, truncated or foreign file, or parameters whose names, shapes or dtypes do not fit
         the config; all offenders are listed.
+
+    Example:
+
+        model, provenance = jaxvit.load("base", described=True)
     """
     folder = Path(folder)
-    config, source = read_config(folder)
-    config = replace(config, origin=origin(source, read_parity(folder)))
-    file = SafetensorsFile(folder / WEIGHTS)
+    content = read_content(folder)
+    config, file = content["config"], SafetensorsFile(folder / WEIGHTS)
     expected = to_params(abstract(config))
     dtypes = {file.dtype(name).name for name in file}
+    # The numbers of format 2 come in today's order, in some tensors under other axes.
+    stored = {name: tuple(leaf.shape) for name, leaf in expected.items()}
+    if content["format"] == 2:  # where heads have no axes of their own
+        stored = {name: matrix_shape(name, shape) for name, shape in stored.items()}
     problems = [f"{name} is missing" for name in expected if name not in file]
     problems += [f"{name} is not expected" for name in file if name not in expected]
     problems += [
-        f"{name} has shape {list(file.shape(name))}, expected {list(expected[name].shape)}"
+        f"{name} has shape {list(file.shape(name))}, expected {list(stored[name])}"
         for name in file
-        if name in expected and file.shape(name) != expected[name].shape
+        if name in expected and file.shape(name) != stored[name]
     ]
     if len(dtypes) > 1 or not dtypes <= {"float32", "float16", "bfloat16", "float64"}:
         problems.append(f"dtypes are {sorted(dtypes)}, expected one floating-point type")
@@ -306,7 +453,9 @@ def load(folder: str | os.PathLike[str]) -> ViT:
         problems.append(f"parameters are {dtypes.pop()}, which JAX has disabled: set JAX_ENABLE_X64=1")
     if problems:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit its config: " + "; ".join(problems))
-    return from_params(config, {name: jax.device_put(file[name]) for name in file})
+    params = {name: jax.device_put(file[name].reshape(expected[name].shape)) for name in file}
+    model = from_params(config, params)
+    return (model, provenance_of(folder, content, file)) if described else model
 
 
 def empty(shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
@@ -104,8 +104,6 @@ class ViTConfig:
       resampling: the rule that brings positions to another grid. It belongs to the checkpoint's *source*: the same
         weights give different features at 224 px in different libraries.
       preprocess: how images are prepared.
-      origin: where the weights of a loaded model come from, and how equal they were found. It says nothing of what is
-        computed: configs that differ in it alone are equal, and it is not saved with them.
     """
 
     depth: int
@@ -137,7 +135,6 @@ class ViTConfig:
     projection: int = 0
     resampling: Resampling = "bicubic_antialias"
     preprocess: Preprocess = Preprocess()
-    origin: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -202,16 +199,47 @@ class ViTConfig:
             )
         return TokenLayout(self.registers, (height // self.patch, width // self.patch), self.cls)
 
+    def in_words(self) -> str:
+        """The config as one line.
+
+        Example:
+
+            ViTConfig.dinov2("small", 4).in_words()  # 12 blocks of width 384, 6 heads, gelu MLP, 4 registers, ..
+        """
+        parts = [f"{self.depth} blocks of width {self.width}", f"{self.heads} heads", f"{self.mlp} MLP"]
+        parts += [f"{self.registers} registers" if self.registers else "no registers"]
+        parts += ["no class token"] * (not self.cls)
+        parts += [f"patches of {self.patch} px", f"a grid of {self.grid[0]}x{self.grid[1]}"]
+        parts += [f"{self.classes} classes"] * (self.classes > 0)
+        parts += [f"a projection to {self.projection}"] * (self.projection > 0)
+        return ", ".join(parts)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, for JSON."""
-        values = asdict(self)
-        del values["origin"]
-        return values
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ViTConfig:
-        """The inverse of `to_dict`. Unknown or missing names raise a ValueError that lists them."""
-        return _strict(cls, values, grid=tuple, preprocess=lambda p: _strict(Preprocess, p, mean=tuple, std=tuple))
+        """The inverse of `to_dict`. Fields that are not given take their defaults.
+
+        Raises:
+          ValueError: unknown fields, or missing ones that have no default; all of them are listed.
+
+        Example:
+
+            ViTConfig.from_dict(dict(depth=2, width=32, heads=4, hidden=48)).patch  # 14
+        """
+        made = {**values}
+        if "preprocess" in made:
+            made["preprocess"] = _strict(Preprocess, made["preprocess"], mean=tuple, std=tuple)
+        return _strict(cls, made, grid=tuple)
+
+
+def unknown_fields(values: Mapping[str, Any]) -> list[str]:
+    """Names in a dict of a config that this version knows no field for."""
+    known, inner = ({f.name for f in fields(kind)} for kind in (ViTConfig, Preprocess))
+    found = [name for name in values if name not in known]
+    return sorted(found) + sorted(f"preprocess.{name}" for name in values.get("preprocess", {}) if name not in inner)
 
 
 KINDS = {"int": (Integral, "a whole number"), "float": (Real, "a number"), "bool": (bool, "true or false")}
@@ -232,8 +260,8 @@ def check_types(config: ViTConfig) -> None:
 
 
 def _strict(cls: Any, values: Mapping[str, Any], **decode: Any) -> Any:
-    known = {f.name for f in fields(cls) if f.compare}
-    unknown, missing = sorted(set(values) - known), sorted(known - set(values))
+    unknown = sorted(set(values) - {f.name for f in fields(cls)})
+    missing = sorted({f.name for f in fields(cls) if f.default is MISSING} - set(values))
     if unknown or missing:
         raise ValueError(f"{cls.__name__} from a dict: unknown names {unknown}, missing names {missing}")
     return cls(**{name: decode.get(name, lambda v: v)(value) for name, value in values.items()})

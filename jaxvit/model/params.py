@@ -47,9 +47,7 @@ def from_params(config: ViTConfig, params: Mapping[str, Any]) -> ViT:
     if set(names) != set(params):
         missing, extra = sorted(set(names) - set(params)), sorted(set(params) - set(names))
         raise ValueError(f"parameters do not fit the config: missing {missing}, not expected {extra}")
-    model = jax.tree.unflatten(structure, [params[name] for name in names])
-    model.config = config  # the structure is kept for all configs that compare equal, whatever their origin
-    return model
+    return jax.tree.unflatten(structure, [params[name] for name in names])
 
 
 def matrix_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -20,7 +20,6 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from jaxvit.io.description import in_words
 from jaxvit.model.attention import Attention, Kernel, Rope
 from jaxvit.model.config import ViTConfig
 from jaxvit.model.edits import Edits
@@ -121,10 +120,12 @@ class ViT(nnx.Module):
         self.head = make_head(c, rngs)
         self.config = c
 
-    @property
-    def description(self) -> str:
-        """Sizes, and of a loaded model where its weights come from and how equal to their source they were found."""
-        return "\n".join(filter(None, [in_words(self.config), self.config.origin]))
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self)
+        dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+        return f"ViT({self.config.in_words()}: {sum(leaf.size for leaf in leaves):,} parameters of {dtypes})"
+
+    __str__ = __repr__  # NNX's own prints every number
 
     @property
     def layout(self) -> TokenLayout:
