@@ -3,7 +3,7 @@
     python -m benchmarks families            measure, print the table
     python -m benchmarks families --write    and write docs/families.md
 
-Each known checkpoint (`python -m convert list`) is built at its own width with random weights and one or two blocks,
+Each known checkpoint (`jaxvit list`) is built at its own width with random weights and one or two blocks,
 brought into the layout of each source, converted from there, and compared at every site, in float64 and float32, at its
 native size and at one that is not square. DINOv2 at full depth is compared by `python -m benchmarks parity`. Takes half
 an hour on two cores.
@@ -110,7 +110,7 @@ def main(write: bool) -> None:
         lines.append(line)
     text = f"""# Families, sources and sizes
 
-What `python -m benchmarks families --write` measured: every checkpoint of `python -m convert list` at its own width,
+What `python -m benchmarks families --write` measured: every checkpoint of `jaxvit list` at its own width,
 with random weights and {DEPTH[False]} blocks ({DEPTH[True]} above width 1,024), from every source it is published in.
 "Authors' files" are in the layout of the family's own repository, and are compared with timm's model, loaded by timm's
 own translation and with positions resampled as the authors do.

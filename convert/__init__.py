@@ -1,6 +1,11 @@
-"""PyTorch checkpoints as jaxvit models: `convert.load(source)`, or `python -m convert SOURCE DEST`."""
+"""PyTorch checkpoints as jaxvit models: `convert.load(source)`, or `jaxvit convert SOURCE DEST`."""
 
 from __future__ import annotations
+
+if __name__ == "convert":  # in a checkout, this is jaxvit.convert
+    from jaxvit.checkout import alias
+
+    alias(__name__)
 
 import os
 import sys
@@ -14,13 +19,14 @@ import jax
 from jax.typing import DTypeLike
 
 import jaxvit
-from convert import clip, deit, dino, dinov2, dinov3, timm
-from convert.engine import ConversionError, Layout, Tensors, convert_tensors, locate, stream_tensors
-from convert.sources import Branch, Source, open_source, versions
 from jaxvit import Provenance
 from jaxvit.io.checkpoint import FormatError, check_place, checksum, saving, writing
 from jaxvit.model.config import Resampling
 from jaxvit.model.params import abstract, from_params, to_params
+
+from . import clip, deit, dino, dinov2, dinov3, timm
+from .engine import ConversionError, Layout, Tensors, convert_tensors, locate, stream_tensors
+from .sources import Branch, Source, open_source, versions
 
 __all__ = ["ConversionError", "Options", "Reading", "convert", "convert_to_folder", "load", "load_described"]
 

@@ -1,4 +1,4 @@
-"""The published checkpoints this converter was made for: `python -m convert list`.
+"""The published checkpoints this converter was made for: `jaxvit list`.
 
 A hub id is a source as it stands; a file is what its authors publish outside of hubs.
 """

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from convert.engine import ConversionError, Layout, Rule, Tensors, joined_linear, linear, norm, patch_conv
-from convert.meta import count_blocks, decide, grid_of, shape_of, square, token_rules
 from jaxvit import Preprocess, ViTConfig
+
+from .engine import ConversionError, Layout, Rule, Tensors, joined_linear, linear, norm, patch_conv
+from .meta import count_blocks, decide, grid_of, shape_of, square, token_rules
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEXT = "the text side of CLIP"

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-from convert.engine import Layout, Tensors
-from convert.meta import PLAIN, Names, read_config, shape_of, table
 from jaxvit import Preprocess, ViTConfig
+
+from .engine import Layout, Tensors
+from .meta import PLAIN, Names, read_config, shape_of, table
 
 NAMES = Names(registers=(), scales=("gamma_1", "gamma_2"))
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from convert.engine import Layout, Tensors
-from convert.meta import PLAIN, Names, read_config, table
 from jaxvit import ViTConfig
+
+from .engine import Layout, Tensors
+from .meta import PLAIN, Names, read_config, table
 
 NAMES = Names(registers=(), scales=("gamma_1", "gamma_2"))
 

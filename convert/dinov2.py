@@ -10,8 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from convert.engine import Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv, split_linear
-from convert.meta import (
+from jaxvit import ViTConfig
+
+from .engine import Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv, split_linear
+from .meta import (
     PLAIN,
     Names,
     count_blocks,
@@ -24,7 +26,6 @@ from convert.meta import (
     table,
     token_rules,
 )
-from jaxvit import ViTConfig
 
 MASK = "stands in for hidden patches during pretraining; takes no part when whole images are read"
 HEAD = "a head that pretraining puts on top of the backbone"

@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from convert.engine import ConversionError, Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv
-from convert.meta import (
+from jaxvit import ViTConfig
+from jaxvit.model.positions import rope_periods
+
+from .engine import ConversionError, Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv
+from .meta import (
     BLOCK,
     PLAIN,
     Names,
@@ -27,8 +30,6 @@ from convert.meta import (
     table,
     token_rules,
 )
-from jaxvit import ViTConfig
-from jaxvit.model.positions import rope_periods
 
 FAMILY: dict[str, Any] = dict(
     eps=1e-5, grid=(14, 14), rope_base=100.0, final_norm="tokens", resampling="bicubic_antialias"

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
-from convert.neighbours import betrayed, looks_like
 from jaxvit import ViTConfig
 from jaxvit.io.checkpoint import Put, empty
 from jaxvit.io.progress import track
 from jaxvit.model.params import Params, abstract, matrix_shape, to_params
+
+from .neighbours import betrayed, looks_like
 
 Tensors = Mapping[str, np.ndarray]
 Transform = Callable[..., Sequence[np.ndarray]]

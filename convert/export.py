@@ -22,13 +22,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from convert import clip, deit, dino, dinov2, dinov3, timm
-from convert.engine import ConversionError, Layout, convert_tensors, locate
-from convert.meta import BLOCK, MEASURED
 from jaxvit import CheckpointError, ViT, ViTConfig
 from jaxvit.io.checkpoint import replacing_file
 from jaxvit.model.params import Params, abstract, matrix_shape, to_params
 from jaxvit.model.positions import rope_periods
+
+from . import clip, deit, dino, dinov2, dinov3, timm
+from .engine import ConversionError, Layout, convert_tensors, locate
+from .meta import BLOCK, MEASURED
 
 LAYOUTS = ("timm", "transformers", "hub")
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.engine import ConversionError, Rule, Tensors, copy, linear, norm, patch_conv, split_linear
 from jaxvit import ViTConfig
+
+from .engine import ConversionError, Rule, Tensors, copy, linear, norm, patch_conv, split_linear
 
 MEASURED = {"depth", "width", "hidden", "cls", "registers", "patch", "grid", "positions", "layer_scale", "norm"} | {
     "patch_bias", "qkv_bias", "proj_bias", "patch_norm", "pre_norm", "qk_norm", "branch_norms", "classes"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.engine import ConversionError
+from .engine import ConversionError
 
 # The exported module interpolates positions even at the native size, so these two nodes are always there.
 CLASS_POSITION, PATCH_POSITIONS = "/embeddings/Concat_6", "/embeddings/Reshape_1"

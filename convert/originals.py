@@ -32,10 +32,11 @@ from timm.models.eva import checkpoint_filter_fn as dinov3_filter_fn
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3_vit
 
-from convert import Reading, is_jaxvit_folder, read, recognise, versions
-from convert.engine import ConversionError, Layout, Tensors
 from jaxvit import ViTConfig
 from jaxvit.model.config import Resampling
+
+from . import Reading, is_jaxvit_folder, read, recognise, versions
+from .engine import ConversionError, Layout, Tensors
 
 READ = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out") + (
     "resid_post",

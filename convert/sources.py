@@ -18,13 +18,14 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from convert.clip import OPENAI
-from convert.engine import ConversionError, Renamed, Tensors
-from convert.neighbours import looks_like
-from convert.onnx_graph import read_onnx
-from convert.timm import POOLS, architecture_hints, folder_hints, module_hints
 from jaxvit import CheckpointError, Preprocess
 from jaxvit.io.checkpoint import SafetensorsFile, sha256
+
+from .clip import OPENAI
+from .engine import ConversionError, Renamed, Tensors
+from .neighbours import looks_like
+from .onnx_graph import read_onnx
+from .timm import POOLS, architecture_hints, folder_hints, module_hints
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OPEN_CLIP, OPEN_CLIP_CONFIG = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"), "open_clip_config.json"

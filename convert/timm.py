@@ -13,9 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from convert.engine import ConversionError, Layout, Tensors
-from convert.meta import Names, read_config, shape_of, table
 from jaxvit import Preprocess, ViTConfig
+
+from .engine import ConversionError, Layout, Tensors
+from .meta import Names, read_config, shape_of, table
 
 PACKED, SPLIT = Names(), Names(gates=("fc1_g", "fc1_x"))
 """A SwiGLU whose gate and value are one matrix, and one of two."""

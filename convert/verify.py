@@ -32,13 +32,14 @@ import numpy as np
 import torch
 
 import jaxvit
-from convert import Reading, versions
-from convert.engine import ConversionError
-from convert.originals import READ, Original, Values, original_of
 from jaxvit import SITES, Output, Take, ViT, ViTConfig
 from jaxvit.io.checkpoint import PARITY, WEIGHTS, replacing_file, sha256, write_json
 from jaxvit.io.provenance import without_preparation
 from jaxvit.model.params import from_params, to_params
+
+from . import Reading, versions
+from .engine import ConversionError
+from .originals import READ, Original, Values, original_of
 
 FLOAT64_LIMIT = 1e-10
 FLOAT32_LIMIT = 2.0

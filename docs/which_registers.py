@@ -18,9 +18,7 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import convert
 import jaxvit
-from experiments import embedded
 from jaxvit import (
     ActivationStats,
     Grid,
@@ -30,12 +28,14 @@ from jaxvit import (
     ViTConfig,
     ablate,
     add_registers,
+    convert,
     one_of,
     replace_by_mean,
     replace_by_noise,
     replace_by_shuffle,
     sweep,
 )
+from jaxvit.experiments import embedded
 
 
 # study

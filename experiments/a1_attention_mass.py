@@ -1,6 +1,6 @@
 """A1, figure 2a: how much of its attention [CLS] spends in the last layer on itself, the registers and the patches.
 
-    python -m experiments A1 --models MODEL .. --images FOLDER --out OUT
+    jaxvit A1 --models MODEL .. --images FOLDER --out OUT
 
 Post-softmax attention row of [CLS] in the last layer, averaged over heads, summed over groups of tokens, for every
 image. --a1-figure says what figure, statements and the spread in the table are of: registers / (registers + patches),
@@ -21,9 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.claims import compare, images_of, mean_of, stated, tested
-from experiments.draw import LABELS, canvas, caption, number, ordered, shades, short, stacked, violins
-from experiments.experiment import (
+from jaxvit import ViT
+
+from .claims import compare, images_of, mean_of, stated, tested
+from .draw import LABELS, canvas, caption, number, ordered, shades, short, stacked, violins
+from .experiment import (
     SOURCES,
     About,
     Claim,
@@ -36,8 +38,7 @@ from experiments.experiment import (
     View,
     summary,
 )
-from experiments.trace import Trace, by_source
-from jaxvit import ViT
+from .trace import Trace, by_source
 
 BOTH = "registers of both"
 """registers / (registers + patches); NaN where neither gets any attention."""

@@ -1,6 +1,6 @@
 """A2, figure 2b: what the register with the highest norm holds, and how little it differs between images.
 
-    python -m experiments A2 --models MODEL .. --images FOLDER --out OUT
+    jaxvit A2 --models MODEL .. --images FOLDER --out OUT
 
 Reads the registers where they enter the last block, before and after the first norm of that block (LN1), whose output
 attention reads. The register is the same for all images: the one whose norm before LN1 is highest on average. How often
@@ -33,11 +33,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.claims import Verdict, counted, images_of, largest_of, names, stated, tested, too_few
-from experiments.draw import COLOURS, canvas, caption, number, ordered, percent, short
-from experiments.experiment import About, Claim, Experiment, Found, Measured, Option, Results, Table, View, summary
-from experiments.trace import Trace
 from jaxvit import ViT
+
+from .claims import Verdict, counted, images_of, largest_of, names, stated, tested, too_few
+from .draw import COLOURS, canvas, caption, number, ordered, percent, short
+from .experiment import About, Claim, Experiment, Found, Measured, Option, Results, Table, View, summary
+from .trace import Trace
 
 PLACES = ("before", "after")
 """LN1 of the last block."""

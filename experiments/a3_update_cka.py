@@ -1,7 +1,7 @@
 """A3, figure 3a: how much of what attention brings to [CLS] in the last layer is in the patches' part, and how much in
 the registers'.
 
-    python -m experiments A3 --models MODEL .. --images FOLDER --out OUT
+    jaxvit A3 --models MODEL .. --images FOLDER --out OUT
 
 Linear CKA over images between the full update of [CLS] by attention and the part of it that patches alone, or registers
 alone, bring. By default a part is what is left of the update when the attention weights on all other tokens are set to
@@ -43,8 +43,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments import draw
-from experiments.claims import (
+from jaxvit import ViT
+from jaxvit.analysis.decompose import einsum, readout
+from jaxvit.analysis.similarity import CKA
+
+from . import draw
+from .claims import (
     TWO,
     Verdict,
     counted,
@@ -58,11 +62,8 @@ from experiments.claims import (
     tested,
     too_few,
 )
-from experiments.experiment import About, Claim, Experiment, Found, Measured, Option, Pairs, Results, Table, View
-from experiments.trace import READINGS, Trace, by_source, cls_reading
-from jaxvit import ViT
-from jaxvit.analysis.decompose import einsum, readout
-from jaxvit.analysis.similarity import CKA
+from .experiment import About, Claim, Experiment, Found, Measured, Option, Pairs, Results, Table, View
+from .trace import READINGS, Trace, by_source, cls_reading
 
 ALMOST_ALL = 0.9
 """What counts as a CKA of about 1."""

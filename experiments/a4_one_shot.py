@@ -1,7 +1,7 @@
 """A4, figure 3b: what class an image is of, told from the full update of [CLS], and from the patches' part or the
 registers' part of it alone.
 
-    python -m experiments A4 --models MODEL .. --labelled FOLDER --out OUT
+    jaxvit A4 --models MODEL .. --labelled FOLDER --out OUT
 
 A classifier is fitted on the full output of one image of each class, and tested on the full output, and on what is left
 of it with one source of attention alone, of another image of each class. It never sees a part while it is fitted: so
@@ -53,13 +53,14 @@ import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from experiments import draw
-from experiments.claims import FAR, TWO, Verdict, names, sides, tested
-from experiments.classify import Classifier, accuracy, logistic_regression, nearest_mean, t_interval, unit
-from experiments.experiment import SOURCES, About, Claim, Experiment, Found, Measured, Option, Results, Table, View
-from experiments.labelled import PASS as PASS  # of the registry
-from experiments.trace import Trace, cls_reading, parts
 from jaxvit import ViT
+
+from . import draw
+from .claims import FAR, TWO, Verdict, names, sides, tested
+from .classify import Classifier, accuracy, logistic_regression, nearest_mean, t_interval, unit
+from .experiment import SOURCES, About, Claim, Experiment, Found, Measured, Option, Results, Table, View
+from .labelled import PASS as PASS  # of the registry
+from .trace import Trace, cls_reading, parts
 
 STAGES = ("layerscale", "final")
 LOGISTIC, NEAREST = "logistic", "nearest mean"

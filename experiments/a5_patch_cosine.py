@@ -1,6 +1,6 @@
 """A5, figure 4: does what [CLS] takes from the patches point where its whole update points? And where does it look?
 
-    python -m experiments A5 --models MODEL .. --images FOLDER --out OUT
+    jaxvit A5 --models MODEL .. --images FOLDER --out OUT
 
 Last layer, query [CLS]: cosine of the patches' part, and of the registers' and its own, with the whole of what
 attention adds, for every image. The paper prints it for one image of DINOv2 g, -0.0092.
@@ -28,13 +28,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.claims import mean_of
-from experiments.draw import LABELS, canvas, caption, number, ordered, percent, shades, short, violins
-from experiments.examples import Example
-from experiments.experiment import SOURCES, About, Experiment, Found, Measured, Option, Results, Table, View, summary
-from experiments.trace import Trace, parts
 from jaxvit import ViT
 from jaxvit.analysis.similarity import cosine
+
+from .claims import mean_of
+from .draw import LABELS, canvas, caption, number, ordered, percent, shades, short, violins
+from .examples import Example
+from .experiment import SOURCES, About, Experiment, Found, Measured, Option, Results, Table, View, summary
+from .trace import Trace, parts
 
 WITHOUT = " without bias"
 SHOWN = 3

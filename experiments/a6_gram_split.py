@@ -1,6 +1,6 @@
 """A6, equation 5: which parts of the [CLS] update make its similarities between images.
 
-    python -m experiments A6 --models MODEL .. --images FOLDER --out OUT
+    jaxvit A6 --models MODEL .. --images FOLDER --out OUT
 
 Let the rows of X be the updates of [CLS] by attention in the last layer, one an image, and X = Xp + Xr + Xc: what comes
 from patches, registers and [CLS] itself. Then XX', the similarities of all pairs of images, is the sum of XpXp', XrXr',
@@ -29,11 +29,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import draw
-from experiments.experiment import About, Experiment, Found, Measured, Option, Pairs, Results, Table, View
-from experiments.trace import Trace, parts
 from jaxvit import ViT
 from jaxvit.analysis.similarity import StreamingCKA
+
+from . import draw
+from .experiment import About, Experiment, Found, Measured, Option, Pairs, Results, Table, View
+from .trace import Trace, parts
 
 SOURCES = ("patches", "registers", "cls", "bias")
 TERMS = (*SOURCES, *(f"{a} x {b}" for a, b in combinations(SOURCES, 2)))

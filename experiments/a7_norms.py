@@ -1,6 +1,6 @@
 """A7, figures 5a and 7: how long the summands of [CLS] are in the last layer, and how much of the result each makes up.
 
-    python -m experiments A7 --models MODEL .. --images FOLDER --out OUT
+    jaxvit A7 --models MODEL .. --images FOLDER --out OUT
 
 The last block adds to [CLS] as it came in (the skip path) what attention takes from [CLS] itself, the registers and the
 patches, the bias of attention's output, and what the MLP adds. Parts are read after LayerScale, where they enter the
@@ -24,13 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.claims import FAR, Verdict, compare, images_of, mean_of, median_of, tested
-from experiments.draw import LABELS, canvas, caption, number, ordered, percent, shades, short, stacked, violins
-from experiments.examples import SUMMANDS
-from experiments.experiment import About, Claim, Experiment, Found, Measured, Results, Table, View, summary
-from experiments.trace import Trace, parts
 from jaxvit import ViT
 from jaxvit.analysis.decompose import projection_shares
+
+from .claims import FAR, Verdict, compare, images_of, mean_of, median_of, tested
+from .draw import LABELS, canvas, caption, number, ordered, percent, shades, short, stacked, violins
+from .examples import SUMMANDS
+from .experiment import About, Claim, Experiment, Found, Measured, Results, Table, View, summary
+from .trace import Trace, parts
 
 RATIO = "skip over patches"
 

@@ -1,6 +1,6 @@
 """A8, figures 5b and 9: how early [CLS] is what it will be at the end.
 
-    python -m experiments A8 --models MODEL .. --images FOLDER --out OUT
+    jaxvit A8 --models MODEL .. --images FOLDER --out OUT
 
 Cosine of [CLS] after every block with [CLS] after the last, image by image; 1 after the last. Three readings, of which
 --a8-reading says the one that tables, figures and statements show; all three are computed.
@@ -34,12 +34,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.claims import Verdict, compare, images_of, mean_of, sides, tested
-from experiments.draw import canvas, caption, number, ordered, shades
-from experiments.experiment import About, Claim, Experiment, Found, Measured, Option, Results, Table, View, summary
-from experiments.trace import Trace
 from jaxvit import ViT
 from jaxvit.analysis.similarity import cosine
+
+from .claims import Verdict, compare, images_of, mean_of, sides, tested
+from .draw import canvas, caption, number, ordered, shades
+from .experiment import About, Claim, Experiment, Found, Measured, Option, Results, Table, View, summary
+from .trace import Trace
 
 READINGS = {"raw": "raw", "norm": "after the final norm", "centred": "centred"}
 POOLED = "centred, pooled"

@@ -1,6 +1,6 @@
 """A9, figures 6 and 8: whether [CLS] after the last attention varies with what patches bring, or with its own residual.
 
-    python -m experiments A9 --models MODEL .. --images FOLDER --out OUT
+    jaxvit A9 --models MODEL .. --images FOLDER --out OUT
 
 Linear CKA over images between [CLS] after the attention of the last layer, residual included, and each of its summands
 alone: the skip path, and what attention brings from patches, from registers and from [CLS] itself.
@@ -30,12 +30,13 @@ from typing import Any
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from experiments import draw
-from experiments.a3_update_cka import cka_bars, cka_table, controls_figure, images, plain, told, unbiased
-from experiments.claims import TWO, Verdict, counted, falls, groups, sides, tested, too_few
-from experiments.experiment import About, Claim, Experiment, Found, Measured, Option, Pairs, Results, Table, View
-from experiments.trace import Trace, cls_reading, parts
 from jaxvit import ViT
+
+from . import draw
+from .a3_update_cka import cka_bars, cka_table, controls_figure, images, plain, told, unbiased
+from .claims import TWO, Verdict, counted, falls, groups, sides, tested, too_few
+from .experiment import About, Claim, Experiment, Found, Measured, Option, Pairs, Results, Table, View
+from .trace import Trace, cls_reading, parts
 
 NAMES = ("patches", "skip", "registers", "cls")
 RISE = 0.02

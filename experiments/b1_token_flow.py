@@ -1,6 +1,6 @@
 """B1: which group of tokens attends to which, in every layer.
 
-    python -m experiments B1 --models MODEL .. --images FOLDER --out OUT
+    jaxvit B1 --models MODEL .. --images FOLDER --out OUT
 
 The token-flow matrix of a layer: attention weights after the softmax, averaged over heads, over the queries of a group
 and over images, and summed over the keys of a group. Groups are [CLS], the registers and the patches; every register by
@@ -21,10 +21,11 @@ import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from experiments.draw import COLOURS, LABELS, canvas, layer_ticks, number, ordered, short
-from experiments.experiment import SOURCES, About, Experiment, Found, Measured, Results, Table, View
-from experiments.trace import Trace, by_source
 from jaxvit import ViT
+
+from .draw import COLOURS, LABELS, canvas, layer_ticks, number, ordered, short
+from .experiment import SOURCES, About, Experiment, Found, Measured, Results, Table, View
+from .trace import Trace, by_source
 
 QUERIES = {"cls": "from [CLS]", "registers": "from registers", "patches": "from patches"}
 

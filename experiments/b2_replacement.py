@@ -1,6 +1,6 @@
 """B2: what becomes of [CLS] and of the patches when registers, or [CLS], are replaced.
 
-    python -m experiments B2 --models MODEL .. --images FOLDER --out OUT
+    jaxvit B2 --models MODEL .. --images FOLDER --out OUT
 
 Registers, or [CLS], are replaced by zeros, by their mean over images, by Gaussian noise of their mean and variance, or
 by another image's, where they enter the last block alone (`last`) or every block but the first (`every`); see
@@ -31,12 +31,13 @@ from typing import Any
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from experiments.controls import KINDS, Control, controls_of
-from experiments.draw import SIZES, canvas, number, ordered, short
-from experiments.experiment import About, Claim, Experiment, Found, Measured, Pairs, Results, Table, View, summary
-from experiments.trace import Trace
 from jaxvit import ViT
 from jaxvit.analysis.similarity import cosine
+
+from .controls import KINDS, Control, controls_of
+from .draw import SIZES, canvas, number, ordered, short
+from .experiment import About, Claim, Experiment, Found, Measured, Pairs, Results, Table, View, summary
+from .trace import Trace
 
 COLOURS = dict(zip(KINDS, ("#50555c", SIZES[1], SIZES[2], "#e0a100", "#d55e00"), strict=True))
 WHERE = {"every": "every block but the first", "last": "the last block alone"}

@@ -1,6 +1,6 @@
 """B3: A3 and A7 in every layer, and in every head: where patches, registers and the skip path make [CLS].
 
-    python -m experiments B3 --models MODEL .. --images FOLDER --out OUT
+    jaxvit B3 --models MODEL .. --images FOLDER --out OUT
 
 Of every layer:
 
@@ -39,12 +39,13 @@ import numpy as np
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from experiments import draw
-from experiments.a3_update_cka import plain
-from experiments.experiment import About, Experiment, Found, Measured, Option, Pairs, Results, Table, View
-from experiments.trace import Trace, by_source
 from jaxvit import ViT
 from jaxvit.analysis.decompose import einsum, projection_shares, readout
+
+from . import draw
+from .a3_update_cka import plain
+from .experiment import About, Experiment, Found, Measured, Option, Pairs, Results, Table, View
+from .trace import Trace, by_source
 
 PARTS = ("patches", "registers", "cls")
 

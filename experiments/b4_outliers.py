@@ -1,6 +1,6 @@
 """B4: outlier patches and massive activations, layer by layer.
 
-    python -m experiments B4 --models MODEL .. --images FOLDER --out OUT
+    jaxvit B4 --models MODEL .. --images FOLDER --out OUT
 
 After every block, of every image:
 
@@ -25,7 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.draw import (
+from jaxvit import ViT
+
+from .draw import (
     COLOURS,
     INK,
     LABELS,
@@ -38,9 +40,8 @@ from experiments.draw import (
     shades,
     short,
 )
-from experiments.experiment import About, Experiment, Found, Measured, Option, Results, Table, View, summary
-from experiments.trace import Trace
-from jaxvit import ViT
+from .experiment import About, Experiment, Found, Measured, Option, Results, Table, View, summary
+from .trace import Trace
 
 TOP = 3
 """How many channels are told."""

@@ -1,6 +1,6 @@
 """B5: test-time registers (Jiang et al. 2025, arXiv 2506.08010): registers for a model that was trained without.
 
-    python -m experiments B5 --models MODEL .. --images FOLDER --out OUT
+    jaxvit B5 --models MODEL .. --images FOLDER --out OUT
 
 Models without registers have a few patches of enormous norm. The cited work finds that a few neurons of the MLPs write
 them: those most active, in the mean over outlier patches, when `mlp_post` is read. An empty token is appended; at each
@@ -42,15 +42,16 @@ from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
 import jaxvit
-from experiments.draw import SIZES, canvas, name_models, number, ordered, short
-from experiments.experiment import About, Claim, Experiment, Found, Measured, Option, Results, Subject, Table, View
-from experiments.experiment import summary as summary_of
-from experiments.passes import Pass, Request
-from experiments.trace import Trace, observe, widened
 from jaxvit import Batch, Neurons, Relocate, Take, ViT, add_registers, find_register_neurons, over_images
 from jaxvit.analysis.similarity import cosine
 from jaxvit.interventions.constructors import select
 from jaxvit.model.edits import Edits
+
+from .draw import SIZES, canvas, name_models, number, ordered, short
+from .experiment import About, Claim, Experiment, Found, Measured, Option, Results, Subject, Table, View
+from .experiment import summary as summary_of
+from .passes import Pass, Request
+from .trace import Trace, observe, widened
 
 RUNS = ("plain", "empty", "random neurons", "register neurons")
 COLOURS = dict(zip(RUNS, ("#50555c", SIZES[1], "#e0a100", "#d55e00"), strict=True))

@@ -1,6 +1,6 @@
 """B6: three maps of what an image's patches do for [CLS], and how far they agree.
 
-    python -m experiments B6 --models MODEL .. --images FOLDER --out OUT
+    jaxvit B6 --models MODEL .. --images FOLDER --out OUT
 
   attention      the row of [CLS] in the last layer, mean over heads
   rollout        attention rollout (Abnar & Zuidema 2020): the row of [CLS] in the product over layers of
@@ -36,13 +36,14 @@ import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from experiments.claims import mean_of
-from experiments.draw import SIGNED, canvas, caption, number, ordered, percent, shades, short, violins
-from experiments.examples import Example
-from experiments.experiment import About, Experiment, Found, Measured, Option, Results, Table, View, summary
-from experiments.trace import Trace
 from jaxvit import ViT
 from jaxvit.analysis.decompose import rollout
+
+from .claims import mean_of
+from .draw import SIGNED, canvas, caption, number, ordered, percent, shades, short, violins
+from .examples import Example
+from .experiment import About, Experiment, Found, Measured, Option, Results, Table, View, summary
+from .trace import Trace
 
 MAPS = ("attention", "rollout", "contribution")
 PAIRS = tuple(f"{a} and {b}" for a, b in combinations(MAPS, 2))

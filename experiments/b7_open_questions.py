@@ -1,7 +1,7 @@
 """B7: questions the paper leaves open: which images lean on registers, in which directions parts vary, and what models
 of one size without registers do instead.
 
-    python -m experiments B7 --models MODEL .. --images FOLDER --out OUT
+    jaxvit B7 --models MODEL .. --images FOLDER --out OUT
 
 All of the last layer's [CLS], with parts after LayerScale.
 
@@ -35,12 +35,13 @@ import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from experiments import draw
-from experiments.a3_update_cka import plain
-from experiments.experiment import About, Experiment, Found, Measured, Pairs, Results, Table, View, summary
-from experiments.trace import Trace, by_source, parts
 from jaxvit import ViT
 from jaxvit.analysis.decompose import projection_shares
+
+from . import draw
+from .a3_update_cka import plain
+from .experiment import About, Experiment, Found, Measured, Pairs, Results, Table, View, summary
+from .trace import Trace, by_source, parts
 
 TOLD, NAMED = 10, 2
 """How many images of each end of a ranking are told, and how many below the figure."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from experiments.experiment import About, Claim, Option, Results
+from .experiment import About, Claim, Option, Results
 
 PAPER = {1: ("DINOv2",), 2: ("DINOv2",), 3: ("DINOv2",), 4: ("DINOv2",), 5: ("DINOv2", "CLIP", "iBOT")}
 """Of which families the paper states an ordering; that DeiT III has no trend is A8's to tell."""

@@ -30,11 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments.experiment import About, Found, Measured, Option, Subject
-from experiments.passes import Pass, Request, measure_all
-from experiments.trace import observe, widened
 from jaxvit import Edit, Take, ViT, merge
 from jaxvit.model.edits import Edits
+
+from .experiment import About, Found, Measured, Option, Subject
+from .passes import Pass, Request, measure_all
+from .trace import observe, widened
 
 KINDS = ("zero", "mean", "noise", "shuffle", "donor")
 NONE = "none"

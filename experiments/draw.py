@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.experiment import About
+from .experiment import About
 
 COLOURS = {
     "skip": "#009e73",

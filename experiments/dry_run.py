@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert import catalogue
-from experiments import presets
-from experiments.controls import controls_of
-from experiments.passes import Request
-from experiments.subjects import Spec, random_weights
-from experiments.trace import observe
 from jaxvit import CheckpointError, ViTConfig, read_config
+from jaxvit.convert import catalogue
 from jaxvit.model.params import abstract, to_params
+
+from . import presets
+from .controls import controls_of
+from .passes import Request
+from .subjects import Spec, random_weights
+from .trace import observe
 
 WIDTHS = (384, 1024)
 """Of the models this machine is timed with."""

@@ -28,12 +28,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from experiments.experiment import Found, Measured
-from experiments.trace import widened
 from jaxvit import ImageError, ViTConfig, stream
 from jaxvit.analysis.similarity import StreamingCKA
 from jaxvit.io.checkpoint import replacing_file
 from jaxvit.io.images import Source
+
+from .experiment import Found, Measured
+from .trace import widened
 
 KEPT = 64
 """Of how many images `Measured.keep` is kept."""

@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.experiment import Subject
-from experiments.trace import by_source, widened
 from jaxvit import Take, stream
 from jaxvit.analysis.decompose import (
     attention_mass,
@@ -25,6 +23,9 @@ from jaxvit.analysis.decompose import (
 )
 from jaxvit.io.checkpoint import replacing_file
 from jaxvit.model.run import layer_by_layer
+
+from .experiment import Subject
+from .trace import by_source, widened
 
 SUMMANDS = ("skip", "cls", "registers", "patches", "bias", "mlp")
 """What a prefix token is made of after a block; `registers` only where there are any."""

@@ -21,7 +21,7 @@ from jaxvit.analysis.similarity import StreamingCKA
 from jaxvit.model.edits import Edits
 
 if TYPE_CHECKING:
-    from experiments.examples import Example
+    from .examples import Example
 
 SOURCES = ("cls", "registers", "patches")
 """Where an attention update comes from, registers taken together."""

@@ -22,10 +22,11 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from experiments.draw import COLOURS, LABELS, SIGNED, ordered, short
-from experiments.examples import SUMMANDS, Example
-from experiments.experiment import About
 from jaxvit.io.checkpoint import replacing_file
+
+from .draw import COLOURS, LABELS, SIGNED, ordered, short
+from .examples import SUMMANDS, Example
+from .experiment import About
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 FOLDER = "explorer"

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from experiments.experiment import About, Measured
-from experiments.passes import Labelled, Pass, Request, measure_all
-from experiments.trace import observe
 from jaxvit import ImageError, ViT, find_images
 from jaxvit.model.edits import Edits
+
+from .experiment import About, Measured
+from .passes import Labelled, Pass, Request, measure_all
+from .trace import observe
 
 PREFIX = "datasets:"
 SPLITS = ("validation", "val", "valid", "train", "test")

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from experiments.experiment import About, Experiment, Found, Measured, Option, Subject
-from experiments.trace import Trace, observe, widened
 from jaxvit import ViT
 from jaxvit.model.edits import Edits
+
+from .experiment import About, Experiment, Found, Measured, Option, Subject
+from .trace import Trace, observe, widened
 
 Options = Mapping[str, Mapping[str, Any]]
 """Id of an experiment, or of a pass, -> name of an option -> value."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from experiments import embedded
-from experiments.subjects import Spec
+from . import embedded
+from .subjects import Spec
 
 COCO, IMAGENET_CLASSES = 5000, 1000
 

@@ -22,16 +22,16 @@ from typing import Any
 
 import jax
 
-import convert
-from experiments import b5_test_time_registers, examples
-from experiments.engine import Store, run_pass
-from experiments.examples import Example
-from experiments.experiment import About, Experiment, Found, Subject
-from experiments.passes import Pass, Request
-from experiments.registry import PASSES
-from experiments.subjects import Spec, load
-from jaxvit import ImageError, ViTConfig
+from jaxvit import ImageError, ViTConfig, convert
 from jaxvit.io.checkpoint import replacing_file
+
+from . import b5_test_time_registers, examples
+from .engine import Store, run_pass
+from .examples import Example
+from .experiment import About, Experiment, Found, Subject
+from .passes import Pass, Request
+from .registry import PASSES
+from .subjects import Spec, load
 
 VERSION = 3
 """Of what is kept of a pass."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments import (
+from . import (
     a1_attention_mass,
     a2_top_register,
     a3_update_cka,
@@ -22,9 +22,9 @@ from experiments import (
     labelled,
     sensitivity,
 )
-from experiments.controls import Controls
-from experiments.experiment import Experiment
-from experiments.passes import Clean, Pass
+from .controls import Controls
+from .experiment import Experiment
+from .passes import Clean, Pass
 
 MODULES = (
     a1_attention_mass,

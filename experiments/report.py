@@ -14,11 +14,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments import embedded
-from experiments.controls import NONE, in_order
-from experiments.draw import COLOURS, inline_svg, listed, ordered, styled
-from experiments.experiment import About, Experiment, Option, Table
 from jaxvit.io.checkpoint import replacing_file
+
+from . import embedded
+from .controls import NONE, in_order
+from .draw import COLOURS, inline_svg, listed, ordered, styled
+from .experiment import About, Experiment, Option, Table
 
 TEMPLATE = Path(__file__).with_name("report.html")
 REGISTERS = {"none": "none", "trained": "trained with it", "test-time": "test-time, appended", "random": "random"}

@@ -1,6 +1,6 @@
 """Sensitivity: A3, A5 and A9 under all their readings, in one pass over the images.
 
-    python -m experiments sensitivity --models MODEL .. --images FOLDER --out OUT
+    jaxvit sensitivity --models MODEL .. --images FOLDER --out OUT
 
 The paper does not say where it reads its vectors, nor what becomes of the rest of an attention row when a group's part
 is cut. Here is every combination of the options of
@@ -28,8 +28,10 @@ import numpy as np
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from experiments import a3_update_cka, a5_patch_cosine, a9_skip_cka, draw
-from experiments.experiment import (
+from jaxvit import ViT
+
+from . import a3_update_cka, a5_patch_cosine, a9_skip_cka, draw
+from .experiment import (
     SOURCES,
     About,
     Claim,
@@ -42,8 +44,7 @@ from experiments.experiment import (
     Table,
     View,
 )
-from experiments.trace import Trace
-from jaxvit import ViT
+from .trace import Trace
 
 A3, A5, A9 = a3_update_cka.EXPERIMENT, a5_patch_cosine.EXPERIMENT, a9_skip_cka.EXPERIMENT
 STUDIED: dict[str, Experiment] = {e.id: e for e in (A3, A5, A9)}

@@ -25,19 +25,19 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-import convert
-from experiments.draw import styled, write_figure
-from experiments.engine import Store
-from experiments.examples import Example
-from experiments.experiment import About, Found, View
-from experiments.explorer import write_explorer
-from experiments.passes import Request
-from experiments.progress import Model, Place, narrowed, plain
-from experiments.registry import PASSES
-from experiments.report import write_report
-from experiments.subjects import Spec, keys
-from jaxvit import CheckpointError, ImageError, ViTConfig
+from jaxvit import CheckpointError, ImageError, ViTConfig, convert
 from jaxvit.io.checkpoint import replacing_file
+
+from .draw import styled, write_figure
+from .engine import Store
+from .examples import Example
+from .experiment import About, Found, View
+from .explorer import write_explorer
+from .passes import Request
+from .progress import Model, Place, narrowed, plain
+from .registry import PASSES
+from .report import write_report
+from .subjects import Spec, keys
 
 SCHEMA = 1
 TIMING = "timings.json"

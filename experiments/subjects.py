@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import convert
-from convert import catalogue
-from experiments.experiment import About, Subject
-from jaxvit import Provenance, ViT, ViTConfig
+from jaxvit import Provenance, ViT, ViTConfig, convert
+from jaxvit.convert import catalogue
 from jaxvit.model.params import abstract, from_params, to_params
+
+from .experiment import About, Subject
 
 LETTERS = {192: "Ti", 384: "S", 512: "M", 768: "B", 1024: "L", 1280: "H", 1536: "g", 4096: "7B"}
 """What models of a width are called."""

@@ -3,99 +3,32 @@
 model = jaxvit.load(folder)
 out = model(jaxvit.prepare("photo.jpg", model.config), record=("pattern",))
 out.cls, out.registers, out.patches, out.trace["pattern"]
+
+All names are those of `jaxvit.api`. They are loaded when the first of them is used, so that `jaxvit --help` answers
+without waiting for JAX.
 """
 
-from jaxvit.analysis import decompose, similarity
-from jaxvit.analysis.named import NamedArray
-from jaxvit.analysis.over_images import over_images
-from jaxvit.interventions import grids
-from jaxvit.interventions.constructors import (
-    Registers,
-    TokenIndices,
-    ablate,
-    amplify,
-    freeze_attention,
-    knockout,
-    patch,
-    remove_registers,
-    replace_by_mean,
-    replace_by_noise,
-    replace_by_shuffle,
-    scale_skip,
-    steer,
-    zero_attention,
-)
-from jaxvit.interventions.grids import Grid
-from jaxvit.interventions.registers import Neurons, add_registers, find_register_neurons, test_time_registers
-from jaxvit.interventions.statistics import ActivationStats
-from jaxvit.interventions.sweeps import attribute, cls_cosine, sweep
-from jaxvit.io.checkpoint import CheckpointError, describe, load, read_config, save
-from jaxvit.io.images import Batch, ImageError, decode, find_images, prepare, resize, stream
-from jaxvit.io.provenance import Provenance
-from jaxvit.model.config import Preprocess, ViTConfig
-from jaxvit.model.edits import Edit, Knockout, Relocate, Shuffle, merge, one_of
-from jaxvit.model.params import cast, functional
-from jaxvit.model.run import each_layer
-from jaxvit.model.sites import SITES, Take
-from jaxvit.model.tokens import TokenLayout
-from jaxvit.model.vit import Output, ViT
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "SITES",
-    "ActivationStats",
-    "Batch",
-    "CheckpointError",
-    "Edit",
-    "Grid",
-    "ImageError",
-    "Knockout",
-    "NamedArray",
-    "Neurons",
-    "Output",
-    "Preprocess",
-    "Provenance",
-    "Registers",
-    "Relocate",
-    "Shuffle",
-    "Take",
-    "TokenIndices",
-    "TokenLayout",
-    "ViT",
-    "ViTConfig",
-    "ablate",
-    "add_registers",
-    "amplify",
-    "attribute",
-    "cast",
-    "cls_cosine",
-    "decode",
-    "decompose",
-    "describe",
-    "each_layer",
-    "find_images",
-    "find_register_neurons",
-    "freeze_attention",
-    "functional",
-    "grids",
-    "knockout",
-    "load",
-    "merge",
-    "one_of",
-    "over_images",
-    "patch",
-    "prepare",
-    "read_config",
-    "remove_registers",
-    "replace_by_mean",
-    "replace_by_noise",
-    "replace_by_shuffle",
-    "resize",
-    "save",
-    "scale_skip",
-    "similarity",
-    "steer",
-    "stream",
-    "sweep",
-    "test_time_registers",
-    "zero_attention",
-]
+if TYPE_CHECKING:
+    from jaxvit.api import *  # noqa: F403
+
+if not Path(__file__).with_name("convert").is_dir():  # a checkout: they lie beside this folder
+    __path__.append(str(Path(__file__).parents[1]))  # noqa: F405
+
+
+def __getattr__(name: str) -> Any:
+    if name != "__all__" and name.startswith("__"):
+        raise AttributeError(f"module 'jaxvit' has no attribute {name!r}")
+    # Not `from jaxvit import api`, which would ask this function for `api`.
+    api = importlib.import_module("jaxvit.api")
+    globals().update({each: getattr(api, each) for each in api.__all__}, __all__=api.__all__)
+    if name not in globals():
+        raise AttributeError(f"module 'jaxvit' has no attribute {name!r}")
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})
