@@ -1,4 +1,4 @@
-"""Command line of the converter: `python -m convert --help`."""
+"""Command line of the converter: `jaxvit convert --help`; in a checkout also `python -m convert`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import convert
 import jaxvit
-from convert.sources import Branch
 from jaxvit.io.checkpoint import read_content
 from jaxvit.model.config import Resampling
 
+from . import ConversionError, Reading, convert_to_folder
+from .sources import Branch
+
 DESCRIPTION = """Converts a PyTorch checkpoint of a Vision Transformer to a jaxvit model.
 
-  python -m convert SOURCE DEST                 convert
-  python -m convert SOURCE DEST --verify        convert, then compare with the PyTorch original
-  python -m convert verify DEST ORIGINAL        compare a converted model with its original
-  python -m convert show DEST                   what a converted model is, where it comes from, how equal it is
-  python -m convert export DEST FILE --layout L back to a PyTorch state dict
-  python -m convert list                        known checkpoints: sizes, licences, hub ids
+  jaxvit convert SOURCE DEST                 convert
+  jaxvit convert SOURCE DEST --verify        convert, then compare with the PyTorch original
+  jaxvit verify DEST ORIGINAL                compare a converted model with its original
+  jaxvit show DEST                           what a converted model is, where it comes from, how equal it is
+  jaxvit export DEST FILE --layout L         back to a PyTorch state dict
+  jaxvit list                                known checkpoints: sizes, licences, hub ids
 
 SOURCE is one of
   a file      model.safetensors, dinov2_vits14_reg4_pretrain.pth, deit_3_small_224_1k.pth, OpenAI's ViT-B-32.pt,
@@ -39,25 +40,24 @@ and config.json. Reading safetensors and ONNX needs no PyTorch; other files and 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one of `COMMANDS`, the first of the arguments; it may be left out where it is `convert`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "convert"
     try:
-        commands = {"verify": verify, "show": show, "export": export_command, "list": list_command}
-        if arguments and arguments[0] in commands:
-            return commands[arguments[0]](arguments[1:])
-        return convert_command(arguments)
-    except (convert.ConversionError, jaxvit.CheckpointError) as error:
+        return COMMANDS[command](arguments)
+    except (ConversionError, jaxvit.CheckpointError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)  # libraries' messages have several lines
         return 1
 
 
 def parser_for(name: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        prog=f"python -m convert{name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"jaxvit {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def convert_command(arguments: Sequence[str]) -> int:
-    parser = parser_for("", DESCRIPTION)
+    parser = parser_for("convert", DESCRIPTION)
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("dest", metavar="DEST", type=Path)
     parser.add_argument("--verify", action="store_true", help="compare with the original, and write parity.json")
@@ -75,7 +75,7 @@ def convert_command(arguments: Sequence[str]) -> int:
     known = reading_of(parser, options)
     if options.verify and options.dtype != "float32":
         parser.error("--verify compares float32 weights: leave out --dtype")
-    config = convert.convert_to_folder(
+    config = convert_to_folder(
         options.source,
         options.dest,
         dtype=options.dtype,
@@ -91,7 +91,7 @@ def convert_command(arguments: Sequence[str]) -> int:
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
-    """What a source may not tell itself; `convert.Reading`."""
+    """What a source may not tell itself; `Reading`."""
     parser.add_argument("--revision", help="commit, branch or tag of a hub id")
     parser.add_argument(
         "--architecture", metavar="NAME", help="timm's name of the model, for a bare file in timm's layout"
@@ -108,7 +108,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def reading_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> convert.Reading:
+def reading_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Reading:
     config: dict[str, Any] = {}
     for each in options.set:
         name, equals, value = each.partition("=")
@@ -118,19 +118,19 @@ def reading_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
             config[name] = json.loads(value)
         except ValueError:
             config[name] = value  # a word
-    return convert.Reading(
+    return Reading(
         revision=options.revision, architecture=options.architecture, branch=options.branch, config=config or None
     )
 
 
 def verify(arguments: Sequence[str]) -> int:
     parser = parser_for(
-        " verify",
+        "verify",
         "Compares every internal value of a converted model with its PyTorch original, layer by layer, in float64 and\n"
         "float32, at the native size and two others. Prints the worst error of each kind, with the float32 error as a\n"
         "multiple of the original's own in brackets; writes parity.json. Exits 1 above the limits (1e-10, 2).",
     )
-    parser.add_argument("dest", metavar="DEST", help="a folder that python -m convert wrote")
+    parser.add_argument("dest", metavar="DEST", help="a folder that jaxvit convert wrote")
     parser.add_argument("original", metavar="ORIGINAL", help="the source it was converted from")
     parser.add_argument("--sizes", nargs="+", metavar="HxW", help="image sizes in pixels, such as 224x224 518x392")
     add_reading(parser)
@@ -144,11 +144,11 @@ def verify(arguments: Sequence[str]) -> int:
     return _verify(options.dest, options.original, sizes or None, reading_of(parser, options))
 
 
-def _verify(folder: str | Path, source: str, sizes: Sequence[tuple[int, ...]] | None, known: convert.Reading) -> int:
+def _verify(folder: str | Path, source: str, sizes: Sequence[tuple[int, ...]] | None, known: Reading) -> int:
     try:
-        from convert.verify import Size, table, verify_folder
+        from .verify import Size, table, verify_folder
     except ImportError as error:
-        raise convert.ConversionError(
+        raise ConversionError(
             f"comparing needs {error.name}: pip install torch torchvision timm transformers"
         ) from None
     wanted = [Size(*size) for size in sizes] if sizes else None
@@ -161,8 +161,8 @@ def _verify(folder: str | Path, source: str, sizes: Sequence[tuple[int, ...]] | 
 
 
 def show(arguments: Sequence[str]) -> int:
-    parser = parser_for(" show", "What a converted model is, where it comes from, and how equal to it it was found.")
-    parser.add_argument("dest", metavar="DEST", help="a folder that python -m convert wrote")
+    parser = parser_for("show", "What a converted model is, where it comes from, and how equal to it it was found.")
+    parser.add_argument("dest", metavar="DEST", help="a folder that jaxvit convert wrote")
     options = parser.parse_args(arguments)
     provenance = jaxvit.describe(options.dest)
     print(jaxvit.read_config(options.dest)[0].in_words(), provenance, sep="\n")
@@ -170,14 +170,14 @@ def show(arguments: Sequence[str]) -> int:
 
 
 def export_command(arguments: Sequence[str]) -> int:
-    from convert.export import LAYOUTS, export
+    from .export import LAYOUTS, export
 
     parser = parser_for(
-        " export",
+        "export",
         "Writes a jaxvit model as a state dict that the original library loads strictly: safetensors, with the names\n"
         "and shapes of --layout. Refused, with the reason, where the layout has no place for what the model has.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a folder that python -m convert wrote")
+    parser.add_argument("model", metavar="MODEL", help="a folder that jaxvit convert wrote")
     parser.add_argument("dest", metavar="DEST", type=Path, help="the file to write, .safetensors")
     parser.add_argument("--layout", required=True, choices=LAYOUTS, help="whose names")
     parser.add_argument("--overwrite", action="store_true", help="replace DEST")
@@ -188,12 +188,20 @@ def export_command(arguments: Sequence[str]) -> int:
 
 
 def list_command(arguments: Sequence[str]) -> int:
-    from convert.catalogue import table
+    from .catalogue import table
 
-    parser_for(" list", "The checkpoints this converter was made for.").parse_args(arguments)
+    parser_for("list", "The checkpoints this converter was made for.").parse_args(arguments)
     print(table())
     return 0
 
+
+COMMANDS = {
+    "convert": convert_command,
+    "verify": verify,
+    "show": show,
+    "export": export_command,
+    "list": list_command,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,11 +1,12 @@
 """The experiments of Lappe & Giese 2025, and what goes beyond them, on any models and any images.
 
-python -m experiments run --preset embedded --out out/embedded     real weights and photographs, no hub needed
-python -m experiments run --models facebook/dinov2-with-registers-small facebook/dinov2-small --images FOLDER --out DIR
-python -m experiments run --preset paper --dry-run                 what the paper's models would take
-python -m experiments A3 --help                                    one experiment: what it computes, its options
-python -m experiments sensitivity --preset embedded --out DIR      A3, A5 and A9 under all readings
-python -m experiments list                                         all experiments
+jaxvit run --preset embedded --out out/embedded     real weights and photographs, no hub needed
+jaxvit run --models facebook/dinov2-with-registers-small facebook/dinov2-small --images FOLDER --out DIR
+jaxvit run --preset paper --dry-run                 what the paper's models would take
+jaxvit A3 --help                                    one experiment: what it computes, its options
+jaxvit sensitivity --preset embedded --out DIR      A3, A5 and A9 under all readings
+
+In a checkout, python -m experiments takes the same arguments; its list names all experiments.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-import convert
 import jaxvit
-from experiments import embedded, labelled, presets
-from experiments.controls import Controls
-from experiments.dry_run import announce
-from experiments.experiment import About, Experiment, Table
-from experiments.passes import Request
-from experiments.progress import Place
-from experiments.registry import EXPERIMENTS, HELP, PASSES, SENSITIVITY
-from experiments.session import Session
-from experiments.subjects import Spec
+from jaxvit import convert
+
+from . import embedded, labelled, presets
+from .controls import Controls
+from .dry_run import announce
+from .experiment import About, Experiment, Table
+from .passes import Request
+from .progress import Place
+from .registry import EXPERIMENTS, HELP, PASSES, SENSITIVITY
+from .session import Session
+from .subjects import Spec
 
 OWN = ("results.json", "report.html", "explorer.html", "timings.json", "explorer", "figures", "per_image", "examples")
 LOCK = ".lock"
@@ -75,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
-    whole = argparse.ArgumentParser("python -m experiments", description=__doc__, formatter_class=form)
+    whole = argparse.ArgumentParser("jaxvit", description=__doc__, formatter_class=form)
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = lambda name, help, text: commands.add_parser(name, help=help, description=text, formatter_class=form)  # noqa: E731
     command = add("run", "several experiments, or all", run.__doc__)
@@ -299,7 +301,7 @@ def check_place(options: argparse.Namespace) -> None:
 def command_line() -> str:
     """As it was typed, without what only says how to start."""
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-    return shlex.join(["python", "-m", "experiments", *words])
+    return shlex.join(["jaxvit", *words])
 
 
 @contextlib.contextmanager

@@ -135,7 +135,7 @@ def test_help_teaches(command, capsys):
         1: ("hub id", "facebook/dinov2", "verify", ".pth", ".safetensors", "ONNX", "--overwrite", "--resampling"),
         2: ("ORIGINAL", "parity.json", "--sizes", "float64", "Exits 1"),
     }[len(command)]
-    assert [word for word in (*wanted, "python -m convert") if word not in out] == []
+    assert [word for word in (*wanted, f"jaxvit {command[0]}".replace("--help", "convert")) if word not in out] == []
 
 
 def test_no_arguments(usage):

@@ -91,7 +91,7 @@ def made(models=MODELS, experiments=EXPERIMENTS):
     images = {"n": 6, "skipped": [{"image": "bad.png", "error": "truncated"}], "sha256 of the prepared pixels": SHA}
     results = {
         "schema": 1,
-        "command": "python -m experiments run --models a b",
+        "command": "jaxvit run --models a b",
         "images": {"folder": "/data/photos", "n": 7, "sha256": SHA},
         "labelled": None,
         "request": {"size": None, "batch_size": 16, "control_images": 5},
@@ -280,7 +280,7 @@ def test_images_models_and_reasons(written):
         "/data/photos",
         "controls seed: 3",
         "A1 stage: heads; renormalise: no",
-        "python -m experiments run",
+        "jaxvit run",
     ):
         assert text in last
     assert "bad.png truncated all models" in last

@@ -328,7 +328,7 @@ def test_every_experiment_explains_itself(id, capsys):
     for option in EXPERIMENTS[id].options:
         assert f"--{id.lower()}-{option.name.replace('_', '-')}" in text
         assert option.help
-    assert f"python -m experiments {id}" in text, "the docstring shows its command"
+    assert f"jaxvit {id}" in text, "the docstring shows its command"
 
 
 def test_the_list_of_experiments(capsys):

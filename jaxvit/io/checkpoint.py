@@ -312,7 +312,7 @@ def read_content(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise CheckpointError(f"{folder} {what}: expected a folder written by jaxvit.save or python -m convert")
+        raise CheckpointError(f"{folder} {what}: expected a folder written by jaxvit.save or jaxvit convert")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         stored, _ = content["format"], content["config"]  # other software may write the one, but not both
@@ -418,7 +418,7 @@ def load(folder: str | os.PathLike[str], *, described: Literal[False] = False) -
 @overload
 def load(folder: str | os.PathLike[str], *, described: Literal[True]) -> tuple[ViT, Provenance]: ...
 def load(folder: str | os.PathLike[str], *, described: bool = False) -> ViT | tuple[ViT, Provenance]:
-    """Reads a model that `save` or `python -m convert` wrote.
+    """Reads a model that `save` or `jaxvit convert` wrote.
 
     Args:
       described: whether to return `(model, provenance)`. That reads the file once more, for its checksum.

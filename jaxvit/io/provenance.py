@@ -30,7 +30,7 @@ class Provenance:
       dtype: type of these weights.
       config: the config of the model that this source gave, but for `preprocess`; None where `weights` is empty.
       assumptions: what the source did not tell and was assumed.
-      parity: the certificate of `python -m convert verify` for these weights, or None.
+      parity: the certificate of `jaxvit verify` for these weights, or None.
       changes: in which way the weights and the config at hand are not the ones that this source gave.
     """
 
@@ -149,7 +149,7 @@ def of_source(source: Mapping[str, Any]) -> Iterable[str]:
 
 def of_parity(parity: Mapping[str, Any] | None) -> Iterable[str]:
     if parity is None:
-        yield "parity: not verified; python -m convert verify compares it with its original"
+        yield "parity: not verified; jaxvit verify compares it with its original"
         return
     verdict = "equal within the limits" if parity["passed"] else "NOT EQUAL within the limits"
     yield f"parity: {verdict}, compared with {parity['original']}"
