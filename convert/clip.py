@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxvit import Preprocess, ViTConfig
 
-from .engine import ConversionError, Layout, Rule, Tensors, joined_linear, linear, norm, patch_conv
+from .engine import ConversionError, Layout, Rule, Tensors, copy, joined_linear, linear, matrix, norm, patch_conv
 from .meta import count_blocks, decide, grid_of, shape_of, square, token_rules
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -71,14 +71,14 @@ def openai_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
         *token_rules(config, tensors, (), "class_embedding", "positional_embedding"),
         *norm("ln_pre", "pre_norm"),
         *norm(f"{BLOCK}.ln_1", "blocks.norm1"),
-        Rule((f"{BLOCK}.attn.in_proj_weight",), ("blocks.attn.qkv.kernel",), lambda w: [w.T]),
-        Rule((f"{BLOCK}.attn.in_proj_bias",), ("blocks.attn.qkv.bias",), lambda b: [b]),
+        matrix(f"{BLOCK}.attn.in_proj_weight", "blocks.attn.qkv.kernel"),
+        copy(f"{BLOCK}.attn.in_proj_bias", "blocks.attn.qkv.bias"),
         *linear(f"{BLOCK}.attn.out_proj", "blocks.attn.proj"),
         *norm(f"{BLOCK}.ln_2", "blocks.norm2"),
         *linear(f"{BLOCK}.mlp.c_fc", "blocks.mlp.fc1"),
         *linear(f"{BLOCK}.mlp.c_proj", "blocks.mlp.fc2"),
         *norm("ln_post", "norm"),
-        *([Rule(("proj",), ("head.linear.kernel",), lambda w: [w])] if config.projection else []),
+        *([copy("proj", "head.linear.kernel")] if config.projection else []),
     ]
 
 

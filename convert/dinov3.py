@@ -63,10 +63,23 @@ def masked(bias: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
     return [bias * mask.reshape(bias.shape)]  # never broadcast
 
 
+def third_without_bias(bias: np.ndarray) -> list[np.ndarray]:
+    """Biases of queries, keys and values, of which keys must have none."""
+    q, k, v = np.split(bias, 3)
+    if k.any():
+        raise ValueError("its keys have a bias, there they have none")
+    return [q, k, v]
+
+
+def with_mask(bias: np.ndarray) -> list[np.ndarray]:
+    q, k, v = third_without_bias(bias)
+    return [bias, np.concatenate([np.ones_like(q), np.zeros_like(k), np.ones_like(v)])]
+
+
 def hub_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
     bias, mask = f"{BLOCK}.attn.qkv.bias", f"{BLOCK}.attn.qkv.bias_mask"
     # Without the mask a bias of keys would count, and with rotary positions change attention.
-    both = Rule((bias, mask), ("blocks.attn.qkv.bias",), masked)
+    both = Rule((bias, mask), ("blocks.attn.qkv.bias",), masked, with_mask)
     return [both if rule.sources == (bias,) else rule for rule in table(config, tensors, HUB_NAMES)]
 
 
@@ -110,7 +123,7 @@ def keyless(q: str, v: str) -> Rule:
             raise ValueError("may add up to the right shape, but do not belong together")
         return [np.concatenate([q, np.zeros_like(q), v])]
 
-    return Rule((q, v), ("blocks.attn.qkv.bias",), join)
+    return Rule((q, v), ("blocks.attn.qkv.bias",), join, lambda bias: third_without_bias(bias)[::2])
 
 
 TIMM = Layout(
@@ -148,7 +161,7 @@ def transformers_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
     if config.qkv_bias:
         qkv.append(keyless(f"{attention}.q_proj.bias", f"{attention}.v_proj.bias"))
     mlp = [
-        Rule(tuple(s.replace(BLOCK, LAYER) for s in rule.sources), rule.targets, rule.transform)
+        replace(rule, sources=tuple(s.replace(BLOCK, LAYER) for s in rule.sources))
         for rule in mlp_rules(config, Names(gates=("gate_proj", "up_proj"), out="down_proj"))
     ]
     if config.mlp != "swiglu":

@@ -33,13 +33,22 @@ class ConversionError(ValueError):
     """A source that cannot be converted as it is; the message says why, and lists every offender."""
 
 
+def no_inverse(*targets: np.ndarray) -> Sequence[np.ndarray]:
+    raise NotImplementedError("this rule only reads")
+
+
 @dataclass(frozen=True)
 class Rule:
-    """`targets = transform(*sources)`."""
+    """`targets = transform(*sources)` and, for export, `sources = inverse(*targets)`.
+
+    Both are given what belongs to one block, where names hold `{i}`. `inverse` raises a ValueError for parameters that
+    the sources have no place for.
+    """
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     transform: Transform
+    inverse: Transform = no_inverse
 
 
 @dataclass(frozen=True)
@@ -67,42 +76,58 @@ class Layout:
     accepts: Callable[[Tensors, Mapping[str, Any]], bool] = lambda tensors, hints: True
 
 
+# Constructors of rules. Each says how to read and how to write, so that every name stands in one table.
+
+
 def copy(source: str, target: str) -> Rule:
-    return Rule((source,), (target,), lambda a: [a])
+    return Rule((source,), (target,), lambda a: [a], lambda a: [a])
 
 
 def squeeze(source: str, target: str) -> Rule:
     """Drops the batch axis that PyTorch models keep on their tokens."""
-    return Rule((source,), (target,), lambda a: [a.reshape(a.shape[1:])])
+    return Rule((source,), (target,), lambda a: [a.reshape(a.shape[1:])], lambda a: [a[None]])
+
+
+def matrix(source: str, target: str) -> Rule:
+    """[out, in] -> [in, out]."""
+    return Rule((source,), (target,), lambda w: [w.T], lambda w: [w.T])
 
 
 def linear(source: str, target: str, bias: bool = True) -> list[Rule]:
     """torch.nn.Linear [out, in] -> kernel [in, out], and the bias."""
-    weight = Rule((f"{source}.weight",), (f"{target}.kernel",), lambda w: [w.T])
+    weight = matrix(f"{source}.weight", f"{target}.kernel")
     return [weight, copy(f"{source}.bias", f"{target}.bias")] if bias else [weight]
 
 
 def joined_linear(sources: Sequence[str], target: str) -> list[Rule]:
     """Several Linears of equal size -> one, their outputs in this order."""
+    n = len(sources)
 
     def join(*parts: np.ndarray) -> np.ndarray:
         if len({part.shape for part in parts}) > 1:
             raise ValueError("parts of different shapes may add up to the right one, but do not belong together")
         return np.concatenate(parts)
 
+    weights, biases = (tuple(f"{source}.{leaf}" for source in sources) for leaf in ("weight", "bias"))
     return [
-        Rule(tuple(f"{s}.weight" for s in sources), (f"{target}.kernel",), lambda *w: [join(*w).T]),
-        Rule(tuple(f"{s}.bias" for s in sources), (f"{target}.bias",), lambda *b: [join(*b)]),
+        Rule(weights, (f"{target}.kernel",), lambda *w: [join(*w).T], lambda k: np.split(k.T, n)),
+        Rule(biases, (f"{target}.bias",), lambda *b: [join(*b)], lambda b: np.split(b, n)),
     ]
 
 
 def split_linear(source: str, targets: Sequence[str], bias: bool = True) -> list[Rule]:
     """One Linear -> several of equal size, from its first rows to its last."""
     n = len(targets)
-    rules = [Rule((f"{source}.weight",), tuple(f"{t}.kernel" for t in targets), lambda w: np.split(w.T, n, axis=1))]
-    if bias:
-        rules.append(Rule((f"{source}.bias",), tuple(f"{t}.bias" for t in targets), lambda b: np.split(b, n)))
-    return rules
+    kernels, biases = (tuple(f"{target}.{leaf}" for target in targets) for leaf in ("kernel", "bias"))
+    weight = Rule(
+        (f"{source}.weight",),
+        kernels,
+        lambda w: np.split(w.T, n, axis=1),
+        lambda *k: [np.concatenate([each.T for each in k])],
+    )
+    if not bias:
+        return [weight]
+    return [weight, Rule((f"{source}.bias",), biases, lambda b: np.split(b, n), lambda *b: [np.concatenate(b)])]
 
 
 def norm(source: str, target: str, kind: str = "layer") -> list[Rule]:
@@ -110,10 +135,18 @@ def norm(source: str, target: str, kind: str = "layer") -> list[Rule]:
     return [scale, copy(f"{source}.bias", f"{target}.bias")] if kind == "layer" else [scale]
 
 
-def patch_conv(source: str, target: str, bias: bool = True) -> list[Rule]:
+def patch_conv(source: str, target: str, bias: bool = True, channels: int = 3) -> list[Rule]:
     """A convolution [D, channels, p, p] of stride p -> the matrix [p * p * channels, D] it multiplies each patch by."""
+
+    def to_convolution(kernel: np.ndarray) -> list[np.ndarray]:
+        side = math.isqrt(len(kernel) // channels)
+        return [kernel.reshape(side, side, channels, -1).transpose(3, 2, 0, 1)]
+
     weight = Rule(
-        (f"{source}.weight",), (f"{target}.kernel",), lambda w: [w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0])]
+        (f"{source}.weight",),
+        (f"{target}.kernel",),
+        lambda w: [w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0])],
+        to_convolution,
     )
     return [weight, copy(f"{source}.bias", f"{target}.bias")] if bias else [weight]
 
@@ -299,6 +332,34 @@ def _step(
             put(target, start, numbers)
             start += numbers.size
     return problems
+
+
+def invert(layout: Layout, config: ViTConfig, params: Params, shapes: Mapping[str, Sequence[int]]) -> Params:
+    """The tensors of `layout` that convert to these parameters: its table read backwards.
+
+    Args:
+      params: with matrices as rules see them, `matrix_shape`.
+      shapes: of the tensors whose presence or shape decides between variants of the layout: of all tokens and their
+        positions, and of those that the layout's rules look for.
+
+    Raises:
+      ValueError: parameters that the layout has no place for.
+    """
+    # Of tensors the rules see names and shapes alone: these take no memory.
+    variant = {name: np.broadcast_to(np.zeros((), np.float32), tuple(shape)) for name, shape in shapes.items()}
+    rules = layout.rules(config, variant)
+    if lost := sorted(set(params) - {target for rule in rules for target in rule.targets}):
+        raise ValueError(f"there is no place for {', '.join(lost)}")
+    tensors: Params = {}
+    for rule in rules:
+        values = [params[target] for target in rule.targets]
+        if "{i}" not in rule.sources[0]:
+            tensors |= zip(rule.sources, rule.inverse(*values), strict=True)
+            continue
+        for i in range(config.depth):
+            sources = [source.format(i=i) for source in rule.sources]
+            tensors |= zip(sources, rule.inverse(*(value[i] for value in values)), strict=True)
+    return tensors
 
 
 PIECE = 2**21

@@ -28,14 +28,17 @@ from jaxvit.model.params import Params, abstract, matrix_shape, to_params
 from jaxvit.model.positions import rope_periods
 
 from . import clip, deit, dino, dinov2, dinov3, timm
-from .engine import ConversionError, Layout, convert_tensors, locate
-from .meta import BLOCK, MEASURED
+from .engine import ConversionError, Layout, convert_tensors, invert, locate
+from .meta import MEASURED
 
 LAYOUTS = ("timm", "transformers", "hub")
 
 State = dict[str, np.ndarray]
 """Tensor name -> array, in PyTorch's orientation."""
 
+
+Shapes = dict[str, tuple[int, ...]]
+"""Tensor name -> shape, of those that tell variants of a layout apart."""
 
 Needs = dict[str, tuple[Any, ...]]
 """Field of a config -> the values that there is a place for."""
@@ -90,7 +93,10 @@ def state_dict(model: ViT, layout: str) -> State:
     target = target_of(model.config, layout)
     refuse(target, model.config)
     config, params = with_biases(target, model.config, params)
-    state = {name: np.ascontiguousarray(a) for name, a in target.write(config, params).items()}
+    try:
+        state = {name: np.ascontiguousarray(a) for name, a in target.write(config, params).items()}
+    except ValueError as error:
+        raise ConversionError(f"{target.whose} cannot hold this model: {error}") from None
     check(target, config, params, state)
     return state
 
@@ -165,194 +171,86 @@ def check(target: Target, config: ViTConfig, params: Params, state: State) -> No
         raise ConversionError(f"{target.whose} cannot hold this model: {', '.join(wrong)} would not come back equal")
 
 
-def keyless_bias(whose: str, params: Params) -> tuple[np.ndarray, np.ndarray]:
-    """The biases [L, D] of queries and of values, where keys have none."""
-    q, k, v = np.split(params["blocks.attn.qkv.bias"], 3, axis=-1)
-    if k.any():
-        raise ConversionError(f"{whose} cannot hold this model: its keys have a bias, there they have none")
-    return q, v
+# Writing --------------------------------------------------------------------------------------------------------------
+#
+# Names stand in the tables of the layouts, which are read backwards. What is left to say here is which variant of a
+# layout is written, by the shapes of its tokens, and what files hold beside parameters.
 
 
-# Names ----------------------------------------------------------------------------------------------------------------
-
-Modules = Mapping[str, str]
-"""jaxvit's module -> that of a PyTorch model, or several, "q k v", with an equal share of its outputs; `{i}`: block."""
-
-SUFFIX = {"kernel": ".weight", "bias": ".bias", "scale": ".weight", "gamma": ""}
-TOKENS = ("cls", "registers", "positions")
-
-
-def renamed(c: ViTConfig, params: Params, modules: Modules) -> State:
-    """All parameters but tokens, by the names of their modules: matrices turned, blocks apart.
-
-    Raises:
-      ConversionError: parameters of modules that are not listed.
-    """
-    state: State = {}
-    for name, a in params.items():
-        module, _, leaf = name.rpartition(".")
-        if name in TOKENS:
-            continue
-        if module not in modules:
-            raise ConversionError(f"there is no place for {name}")  # `needs` refused it before, with the reason
-        targets = modules[module].split()
-        for to, part in zip(targets, np.split(a, len(targets), axis=-1), strict=True):
-            if name == "patch_embed.kernel":
-                state[f"{to}.weight"] = part.reshape(c.patch, c.patch, 3, c.width).transpose(3, 2, 0, 1)
-            elif module.startswith("blocks."):
-                state |= {to.format(i=i) + SUFFIX[leaf]: block.T for i, block in enumerate(part)}
-            else:
-                state[f"{to}{SUFFIX[leaf]}"] = part.T
-    return state
-
-
-def meta_modules(c: ViTConfig, scales: tuple[str, str] = ("ls1.gamma", "ls2.gamma"), **mlp: str) -> Modules:
-    """Those of Meta and timm, whose names jaxvit's follow; `mlp` are the layers of a SwiGLU."""
-    same = ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.norm", "attn.proj", "norm2", "mlp.norm")
-    block = {name: name for name in (*same, "mlp.fc1", "mlp.fc2")}
-    block |= {"scale1": scales[0], "scale2": scales[1]}
-    block |= {f"mlp.{ours}": f"mlp.{theirs}" for ours, theirs in mlp.items()}
-    pool = {f"pool.{name}": f"attn_pool.{name}" for name in ("q", "kv", "proj", "norm")}
-    pool |= {f"pool.{name}": f"attn_pool.mlp.{name}" for name in ("fc1", "fc2")}
-    ends = {"patch_embed": "patch_embed.proj", "patch_norm": "patch_embed.norm", "pre_norm": "norm_pre"}
-    ends |= {"norm": "fc_norm" if c.final_norm == "pooled" else "norm"}
-    ends |= {"head.linear": "head", "head.distilled": "head_dist"}
-    return within(BLOCK, block) | ends | pool
-
-
-def within(block: str, modules: Modules) -> dict[str, str]:
-    """The same of modules of a block, which has this name."""
-    return {
-        f"blocks.{ours}": " ".join(f"{block}.{each}" for each in theirs.split()) for ours, theirs in modules.items()
-    }
-
-
-def packed(params: Params) -> Params:
-    """Gate and value of a SwiGLU as one layer, `gates`."""
-    gate, value = "blocks.mlp.gate", "blocks.mlp.value"
-    rest = {name: a for name, a in params.items() if not name.startswith((f"{gate}.", f"{value}."))}
-    for leaf in ("kernel", "bias"):
-        if f"{gate}.{leaf}" in params:
-            both = [params[f"{name}.{leaf}"] for name in (gate, value)]
-            rest[f"blocks.mlp.gates.{leaf}"] = np.concatenate(both, axis=-1)
-    return rest
-
-
-def tokens(
+def token_shapes(
     c: ViTConfig,
-    params: Params,
     positioned: int,
     registers: str = "reg_token",
     cls: str = "cls_token",
     positions: str = "pos_embed",
-) -> State:
-    """[CLS] [1, 1, D], registers [1, R, D], and positions [1, `positioned` + N, D], the first of which are zeros."""
-    state: State = {}
+) -> Shapes:
+    """[CLS] [1, 1, D], registers [1, R, D], and positions [1, `positioned` + N, D], of which the first will be 0."""
+    shapes: Shapes = {}
     if c.cls:
-        state[cls] = params["cls"][None, None]
+        shapes[cls] = (1, 1, c.width)
     if c.registers:
-        state[registers] = params["registers"][None]
+        shapes[registers] = (1, c.registers, c.width)
     if c.positions:
-        rows = params["positions"].reshape(-1, c.width)
-        state[positions] = np.concatenate([np.zeros((positioned, c.width), rows.dtype), rows])[None]
-    return state
+        shapes[positions] = (1, positioned + c.grid[0] * c.grid[1], c.width)
+    return shapes
+
+
+def clip_shapes(c: ViTConfig, cls: str, positions: str) -> Shapes:
+    return {cls: (c.width,), positions: (1 + c.grid[0] * c.grid[1], c.width)}
 
 
 def zeros(params: Params, *shape: int) -> np.ndarray:
     return np.zeros(shape, params["patch_embed.kernel"].dtype)
 
 
-# timm -----------------------------------------------------------------------------------------------------------------
-
-
 def write_timm(c: ViTConfig, params: Params) -> State:
     distilled = c.pool == "distilled"
     patches_alone = not distilled and (c.registers > 0 or c.final_norm == "none" or is_deit3(c))
-    state = tokens(c, params, 0 if patches_alone else c.prefix, "dist_token" if distilled else "reg_token")
-    params = dict(params)
-    if c.pool == "attention":
-        state["attn_pool.latent"] = params.pop("pool.latent")[None, None]
+    shapes = token_shapes(c, 0 if patches_alone else c.prefix, "dist_token" if distilled else "reg_token")
     if c.norm == "rms":  # AIMv2
-        return state | renamed(c, params, meta_modules(c, gate="fc1_g", value="fc1_x", out="fc2"))
-    return state | renamed(c, packed(params), meta_modules(c, gates="fc1", out="fc2"))
+        shapes[timm.SPLIT_GATE] = ()
+    return invert(timm.LAYOUT, c, params, shapes)
 
 
 def write_timm_dinov3(c: ViTConfig, params: Params) -> State:
-    state = tokens(c, params, 0)
-    params = dict(params)
-    if c.qkv_bias:
-        q, v = keyless_bias(TIMM_DINOV3.whose, params)
-        del params["blocks.attn.qkv.bias"]
-        for i in range(c.depth):
-            state |= {f"{BLOCK}.attn.q_bias".format(i=i): q[i], f"{BLOCK}.attn.v_bias".format(i=i): v[i]}
-    modules = meta_modules(c, ("gamma_1", "gamma_2"), gate="fc1_g", value="fc1_x", out="fc2")
-    return state | renamed(c, params, modules)
-
-
-# transformers ---------------------------------------------------------------------------------------------------------
+    return invert(dinov3.TIMM, c, params, token_shapes(c, 0) | {timm.SPLIT_GATE: ()})
 
 
 def write_transformers_dinov2(c: ViTConfig, params: Params) -> State:
     at = "embeddings"
-    state = tokens(c, params, 1, f"{at}.register_tokens", f"{at}.cls_token", f"{at}.position_embeddings")
-    state[f"{at}.mask_token"] = zeros(params, 1, c.width)
-    block = {name: name for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")}
-    block |= {"scale1": "layer_scale1.lambda1", "scale2": "layer_scale2.lambda1", "attn.proj": "attention.output.dense"}
-    block |= {"mlp.gates": "mlp.weights_in", "mlp.out": "mlp.weights_out"}
-    block |= {"attn.qkv": " ".join(f"attention.attention.{name}" for name in ("query", "key", "value"))}
-    ends = {"patch_embed": f"{at}.patch_embeddings.projection", "norm": "layernorm", "head.linear": "classifier"}
-    state |= renamed(c, packed(params), within("encoder.layer.{i}", block) | ends)
+    shapes = token_shapes(c, 1, f"{at}.register_tokens", f"{at}.cls_token", f"{at}.position_embeddings")
+    state = invert(dinov2.TRANSFORMERS, c, params, shapes) | {f"{at}.mask_token": zeros(params, 1, c.width)}
     if not c.classes:
         return state
     base = "dinov2_with_registers" if c.registers else "dinov2"
-    return {name if name.startswith("classifier.") else f"{base}.{name}": a for name, a in state.items()}
+    return within(f"{base}.", dinov2.TRANSFORMERS, state)
 
 
 def write_transformers_dinov3(c: ViTConfig, params: Params) -> State:
-    at, attention = "embeddings", "attention"
-    state = tokens(c, params, 0, f"{at}.register_tokens", f"{at}.cls_token")
-    state[f"{at}.mask_token"] = zeros(params, 1, 1, c.width)
-    block = {name: name for name in ("norm1", "norm2")}
-    block |= {"scale1": "layer_scale1.lambda1", "scale2": "layer_scale2.lambda1", "attn.proj": f"{attention}.o_proj"}
-    block |= {"attn.qkv": " ".join(f"{attention}.{name}_proj" for name in "qkv")}
-    block |= {"mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
-    block |= {"mlp.gate": "mlp.gate_proj", "mlp.value": "mlp.up_proj", "mlp.out": "mlp.down_proj"}
-    ends = {"patch_embed": f"{at}.patch_embeddings", "norm": "norm"}
-    state |= renamed(c, params, within("layer.{i}", block) | ends)
-    if c.qkv_bias:
-        keyless_bias(TRANSFORMERS_DINOV3.whose, params)
-    return {name: a for name, a in state.items() if not name.endswith(".k_proj.bias")}
+    at = "embeddings"
+    state = invert(dinov3.TRANSFORMERS, c, params, token_shapes(c, 0, f"{at}.register_tokens", f"{at}.cls_token"))
+    return state | {f"{at}.mask_token": zeros(params, 1, 1, c.width)}
 
 
 def write_transformers_clip(c: ViTConfig, params: Params) -> State:
-    at = "embeddings"
-    state = tokens(c, params, 1, cls=f"{at}.class_embedding", positions=f"{at}.position_embedding.weight")
-    state = {name: a.squeeze() for name, a in state.items()}
-    block = {name: name for name in ("mlp.fc1", "mlp.fc2")}
-    block |= {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj"}
-    block |= {"attn.qkv": " ".join(f"self_attn.{name}_proj" for name in "qkv")}
-    ends = {"patch_embed": f"{at}.patch_embedding", "pre_norm": "pre_layrnorm", "norm": "post_layernorm"}
-    projection = {"head.linear": "visual_projection"}
-    state |= renamed(c, params, within("encoder.layers.{i}", block) | ends | projection)
-    return {name if name.startswith("visual_") else f"vision_model.{name}": a for name, a in state.items()}
+    shapes = clip_shapes(c, "embeddings.class_embedding", "embeddings.position_embedding.weight")
+    return within("vision_model.", clip.TRANSFORMERS, invert(clip.TRANSFORMERS, c, params, shapes))
 
 
-# The authors' own -----------------------------------------------------------------------------------------------------
+def within(prefix: str, layout: Layout, state: State) -> State:
+    """With the prefix of a model that wraps this one, except what stands beside it."""
+    return {name if name in layout.outside else prefix + name: a for name, a in state.items()}
 
 
 def write_dinov2(c: ViTConfig, params: Params) -> State:
-    state = tokens(c, params, 1, "register_tokens") | {"mask_token": zeros(params, 1, c.width)}
-    return state | renamed(c, packed(params), meta_modules(c, gates="w12", out="w3"))
+    state = invert(dinov2.HUB, c, params, token_shapes(c, 1, "register_tokens"))
+    return state | {"mask_token": zeros(params, 1, c.width)}
 
 
 def write_dinov3(c: ViTConfig, params: Params) -> State:
-    state = tokens(c, params, 0, "storage_tokens") | {"mask_token": zeros(params, 1, c.width)}
+    state = invert(dinov3.HUB, c, params, token_shapes(c, 0, "storage_tokens"))
+    state["mask_token"] = zeros(params, 1, c.width)
     state[dinov3.PERIODS] = rope_periods(c.head_size, c.rope_base, "bfloat16").astype(np.float32)
-    state |= renamed(c, params, meta_modules(c, gate="w1", value="w2", out="w3"))
-    if c.qkv_bias:
-        keyless_bias(DINOV3.whose, params)
-        mask = np.repeat(np.array([1, 0, 1], params["cls"].dtype), c.width)
-        state |= {f"{BLOCK}.attn.qkv.bias_mask".format(i=i): mask for i in range(c.depth)}
     if c.width == 4096:  # the 7B has one more norm, which is for the small crops of training alone
         state["local_cls_norm.weight"] = np.ones_like(params["cls"])
         state["local_cls_norm.bias"] = np.zeros_like(params["cls"])
@@ -360,26 +258,15 @@ def write_dinov3(c: ViTConfig, params: Params) -> State:
 
 
 def write_deit3(c: ViTConfig, params: Params) -> State:
-    return tokens(c, params, 0) | renamed(c, params, meta_modules(c, ("gamma_1", "gamma_2")))
+    return invert(deit.LAYOUT, c, params, token_shapes(c, 0))
 
 
 def write_dino(c: ViTConfig, params: Params) -> State:
-    return tokens(c, params, 1) | renamed(c, params, meta_modules(c, ("gamma_1", "gamma_2")))
+    return invert(dino.LAYOUT, c, params, token_shapes(c, 1))
 
 
 def write_openai(c: ViTConfig, params: Params) -> State:
-    state = tokens(c, params, 1, cls="class_embedding", positions="positional_embedding")
-    state = {name: a.squeeze() for name, a in state.items()}
-    params = dict(params)
-    state["proj"] = params.pop("head.linear.kernel")
-    block = {"norm1": "ln_1", "norm2": "ln_2", "attn.qkv": "attn.in_proj", "attn.proj": "attn.out_proj"}
-    block |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-    ends = {"patch_embed": "conv1", "pre_norm": "ln_pre", "norm": "ln_post"}
-    state |= renamed(c, params, within(clip.BLOCK, block) | ends)
-    for at in (f"{clip.BLOCK}.attn.in_proj".format(i=i) for i in range(c.depth)):
-        for kind in ("weight", "bias"):
-            state[f"{at}_{kind}"] = state.pop(f"{at}.{kind}")
-    return state
+    return invert(clip.OPENAI, c, params, clip_shapes(c, "class_embedding", "positional_embedding"))
 
 
 # Which ----------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ One table and one reading of shapes serve them all; what each library or family 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -110,7 +111,17 @@ def token_rules(
         return own + results[1:]
 
     sources = before + ([positions] if config.positions else [])
-    return [Rule(tuple(sources), tuple(targets), join)] if sources else []
+
+    def split(*parts: np.ndarray) -> list[np.ndarray]:
+        """A sum of a token and its position is written as the token; the position is 0."""
+        parts = tuple(a.reshape(-1, config.width) for a in parts)
+        own, rows = (parts[:-1], parts[-1:]) if config.positions else (parts, ())
+        ends = np.cumsum([math.prod(tensors[name].shape) // config.width for name in before])
+        tokens = np.split(np.concatenate(own), ends[:-1]) if own else []
+        padded = [np.concatenate([np.zeros((positioned, config.width), a.dtype), a]) for a in rows]
+        return [a.reshape(tensors[name].shape) for name, a in zip(sources, [*tokens, *padded], strict=True)]
+
+    return [Rule(tuple(sources), tuple(targets), join, split)] if sources else []
 
 
 def mlp_rules(c: ViTConfig, names: Names) -> list[Rule]:
@@ -133,7 +144,7 @@ def plain_mlp(at: str, bias: bool = True) -> list[Rule]:
 
 def attention_pool(c: ViTConfig) -> list[Rule]:
     """timm's `AttentionPoolLatent`."""
-    rules = [Rule(("attn_pool.latent",), ("pool.latent",), lambda a: [a.reshape(c.width)])]
+    rules = [Rule(("attn_pool.latent",), ("pool.latent",), lambda a: [a.reshape(c.width)], lambda a: [a[None, None]])]
     for name in ("q", "kv", "proj", "mlp.fc1", "mlp.fc2"):
         rules += linear(f"attn_pool.{name}", f"pool.{name.removeprefix('mlp.')}")
     return rules + norm("attn_pool.norm", "pool.norm", c.norm)

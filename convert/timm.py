@@ -22,8 +22,12 @@ PACKED, SPLIT = Names(), Names(gates=("fc1_g", "fc1_x"))
 """A SwiGLU whose gate and value are one matrix, and one of two."""
 
 
+SPLIT_GATE = "blocks.0.mlp.fc1_g.weight"
+"""Only the second has it."""
+
+
 def names_of(tensors: Tensors) -> Names:
-    return SPLIT if "blocks.0.mlp.fc1_g.weight" in tensors else PACKED
+    return SPLIT if SPLIT_GATE in tensors else PACKED
 
 
 def config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
