@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxvit import Preprocess, ViTConfig
 
-from .engine import Layout, Tensors
+from .engine import Layout, Tensors, tensor_shape
 from .meta import PLAIN, Names, read_config, shape_of, table
 
 NAMES = Names(registers=(), scales=("gamma_1", "gamma_2"))
@@ -36,7 +36,7 @@ def config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
 
 def is_deit3(tensors: Tensors, hints: Mapping[str, Any]) -> bool:
     """iBOT calls LayerScale the same, but has a position for [CLS]."""
-    shape = tensors["pos_embed"].shape
+    shape = tensor_shape(tensors, "pos_embed")
     return len(shape) == 3 and isqrt(shape[1]) ** 2 == shape[1]
 
 

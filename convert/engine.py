@@ -151,6 +151,12 @@ def patch_conv(source: str, target: str, bias: bool = True, channels: int = 3) -
     return [weight, copy(f"{source}.bias", f"{target}.bias")] if bias else [weight]
 
 
+def tensor_shape(tensors: Tensors, name: str) -> tuple[int, ...]:
+    """The shape of a tensor, which is not read where the mapping knows it: those of files do, and `Renamed`."""
+    known = getattr(tensors, "shape", None)
+    return tuple(known(name) if known else tensors[name].shape)
+
+
 class Renamed(Mapping[str, np.ndarray]):
     """Tensors under other names, read when they are asked for.
 
@@ -163,6 +169,10 @@ class Renamed(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         array = self.tensors[self.names[name]]
         return array.astype(np.float32) if array.dtype.name in ("bfloat16", "float16") else array
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read."""
+        return tensor_shape(self.tensors, self.names[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self.names  # Mapping's own would read the tensor

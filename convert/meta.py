@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxvit import ViTConfig
 
-from .engine import ConversionError, Rule, Tensors, copy, linear, norm, patch_conv, split_linear
+from .engine import ConversionError, Rule, Tensors, copy, linear, norm, patch_conv, split_linear, tensor_shape
 
 MEASURED = {"depth", "width", "hidden", "cls", "registers", "patch", "grid", "positions", "layer_scale", "norm"} | {
     "patch_bias", "qkv_bias", "proj_bias", "patch_norm", "pre_norm", "qk_norm", "branch_norms", "classes"
@@ -93,7 +93,7 @@ def token_rules(
     if not config.positions:
         positioned = 0
     else:
-        shape = tensors[positions].shape if positions in tensors else (0, 0, 0)
+        shape = tensor_shape(tensors, positions) if positions in tensors else (0, 0, 0)
         positioned = max(shape[-2] - config.grid[0] * config.grid[1], 0)
 
     def join(*arrays: np.ndarray) -> list[np.ndarray]:
@@ -116,10 +116,10 @@ def token_rules(
         """A sum of a token and its position is written as the token; the position is 0."""
         parts = tuple(a.reshape(-1, config.width) for a in parts)
         own, rows = (parts[:-1], parts[-1:]) if config.positions else (parts, ())
-        ends = np.cumsum([math.prod(tensors[name].shape) // config.width for name in before])
+        ends = np.cumsum([math.prod(tensor_shape(tensors, name)) // config.width for name in before])
         tokens = np.split(np.concatenate(own), ends[:-1]) if own else []
         padded = [np.concatenate([np.zeros((positioned, config.width), a.dtype), a]) for a in rows]
-        return [a.reshape(tensors[name].shape) for name, a in zip(sources, [*tokens, *padded], strict=True)]
+        return [a.reshape(tensor_shape(tensors, name)) for name, a in zip(sources, [*tokens, *padded], strict=True)]
 
     return [Rule(tuple(sources), tuple(targets), join, split)] if sources else []
 
@@ -265,7 +265,7 @@ def count_blocks(tensors: Tensors, block: str) -> int:
 
 
 def shape_of(tensors: Tensors, name: str, axes: int) -> tuple[int, ...]:
-    shape = tensors[name].shape
+    shape = tensor_shape(tensors, name)
     if len(shape) != axes:
         raise ConversionError(f"{name} has shape {list(shape)}, expected {axes} axes")
     return shape

@@ -36,7 +36,7 @@ from jaxvit import ViTConfig
 from jaxvit.model.config import Resampling
 
 from . import Reading, is_jaxvit_folder, read, recognise, versions
-from .engine import ConversionError, Layout, Tensors
+from .engine import ConversionError, Layout, Tensors, tensor_shape
 
 READ = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out") + (
     "resid_post",
@@ -335,7 +335,7 @@ def _meta(build: Callable[[], Module]) -> Module:
 
 def _timm(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
     """timm's model, from its own names."""
-    rows = tensors["pos_embed"].shape[1] if config.positions else 0
+    rows = tensor_shape(tensors, "pos_embed")[1] if config.positions else 0
     positioned = config.prefix > 0 and rows == config.grid[0] * config.grid[1] + config.prefix
     gates = 2 if "blocks.0.mlp.fc1_g.weight" in tensors else 1
     module = _meta(lambda: build_timm(config, positioned, gates))
@@ -345,7 +345,7 @@ def _timm(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -
 
 def _by_timm(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
     """timm's model, from names that timm's own loader translates."""
-    positioned = tensors["pos_embed"].shape[1] > config.grid[0] * config.grid[1] and not config.registers
+    positioned = tensor_shape(tensors, "pos_embed")[1] > config.grid[0] * config.grid[1] and not config.registers
     module = _meta(lambda: build_timm(config, positioned))
     own = checkpoint_filter_fn(_tensors(state), module, adapt_layer_scale=True)
     module.load_state_dict(own, strict=True, assign=True)

@@ -22,7 +22,7 @@ from jaxvit import CheckpointError, Preprocess
 from jaxvit.io.checkpoint import SafetensorsFile, sha256
 
 from .clip import OPENAI
-from .engine import ConversionError, Renamed, Tensors
+from .engine import ConversionError, Renamed, Tensors, tensor_shape
 from .neighbours import looks_like
 from .onnx_graph import read_onnx
 from .timm import POOLS, architecture_hints, folder_hints, module_hints
@@ -335,6 +335,9 @@ class _Joined(Renamed):
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.where[name][name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tensor_shape(self.where[name], name)
 
 
 def _config_hints(folder: Path) -> dict[str, Any]:

@@ -254,6 +254,31 @@ def test_shards_are_read_lazily(tmp_path):
 # All or nothing -------------------------------------------------------------------------------------------------------
 
 
+def test_layouts_and_configs_are_found_without_reading_tensors(tmp_path):
+    """In a Python without checks of types, which read tensors themselves."""
+    places = []
+    for n, (layout, write) in enumerate(WRITERS.items()):
+        state = write(CONFIG, numbers(CONFIG))
+        places += [layout, write_safetensors(tmp_path / f"{n}.safetensors", state)]
+        places += [layout, write_shards(tmp_path / f"{n}", state)]
+    code = """
+        import sys
+        import convert
+        from jaxvit.io.checkpoint import SafetensorsFile
+
+        def refuse(self, name):
+            raise AssertionError(f"{name} was read")
+
+        SafetensorsFile.__getitem__ = refuse
+        for layout, path in zip(sys.argv[1::2], sys.argv[2::2]):
+            found, tensors, config = convert.recognise(convert.read(path))
+            assert found.name == layout and config.registers == 4 and len(found.rules(config, tensors)) > 10
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, places)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def source(tmp_path):
     return write_safetensors(tmp_path / "sources" / "some.safetensors", HUB)
