@@ -24,7 +24,7 @@ NUMBERS = ("input_resolution", "context_length", "vocab_size")
 
 def decided(found: dict[str, Any], hints: Mapping[str, Any], **more: Any) -> ViTConfig:
     side = found["grid"][0] * found["patch"]
-    told = dict(
+    assumed = dict(
         heads=found["width"] // 64,
         layer_scale=False,
         patch_bias=False,
@@ -33,7 +33,7 @@ def decided(found: dict[str, Any], hints: Mapping[str, Any], **more: Any) -> ViT
         resampling="bicubic",
         preprocess=Preprocess(side, side, MEAN, STD),
     )
-    if "mlp" not in told | more | dict(hints):
+    if "mlp" not in assumed | more | dict(hints):
         raise ConversionError(
             "the tensors of this CLIP do not tell its activation: say config={'mlp': 'quick_gelu'} "
             "(--set mlp=quick_gelu) if it is OpenAI's or one trained like it, or 'gelu' if not"
@@ -43,7 +43,7 @@ def decided(found: dict[str, Any], hints: Mapping[str, Any], **more: Any) -> ViT
             f"the tensors of this CLIP of width {found['width']} do not tell its number of heads: say "
             f"config={{'heads': 16}} (--set heads=16), or give the folder with its config"
         )
-    return decide(found, told | more, hints)
+    return decide(found, assumed | more, hints)
 
 
 # OpenAI and OpenCLIP --------------------------------------------------------------------------------------------------

@@ -86,13 +86,13 @@ def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig
         grid=grid_of(tensors, "embeddings.position_embeddings", 3, (1,)),
         classes=classes,
     )
-    told = dict(
+    assumed = dict(
         heads=width // 64,
         mlp="swiglu" if gated else "gelu",
         resampling="bicubic_antialias" if count else "bicubic",
         pool="cls_mean" if classes else "cls",  # what transformers' classifier reads
     )
-    return decide(found, told, hints)
+    return decide(found, assumed, hints)
 
 
 # Layouts --------------------------------------------------------------------------------------------------------------

@@ -151,8 +151,8 @@ def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig
         positions=False,
         qkv_bias="layer.0.attention.q_proj.bias" in tensors,
     )
-    told = dict(heads=heads_of(width), mlp="swiglu" if gated else "gelu", rope="float32", **FAMILY)
-    return decide(found, told, {**hints, **({"mlp": "swiglu"} if gated else {})})
+    assumed = dict(heads=heads_of(width), mlp="swiglu" if gated else "gelu", rope="float32", **FAMILY)
+    return decide(found, assumed, {**hints, **({"mlp": "swiglu"} if gated else {})})
 
 
 def transformers_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:

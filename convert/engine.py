@@ -23,7 +23,7 @@ from jaxvit.io.checkpoint import Put, empty
 from jaxvit.io.progress import track
 from jaxvit.model.params import Params, abstract, matrix_shape, to_params
 
-from .neighbours import betrayed, looks_like
+from .foreign import describe_foreign, describe_foreign_extras
 
 Tensors = Mapping[str, np.ndarray]
 Transform = Callable[..., Sequence[np.ndarray]]
@@ -215,7 +215,7 @@ def locate(
     if not tensors:
         raise ConversionError("the checkpoint holds no tensors")
     some = ", ".join(list(tensors)[:5])
-    like = looks_like(tensors)
+    like = describe_foreign(tensors)
     raise ConversionError(
         f"not a checkpoint of a known layout ({', '.join(layout.name for layout in layouts)}): "
         f"{f'it looks like {like}; ' if like else nearest(layouts, tensors)}"
@@ -290,7 +290,7 @@ def stream_tensors(
     unused = [name for name in tensors if name not in used]
     left = [name for name in unused if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     problems += [f"{name} is not expected" for name in left]
-    if like := betrayed(left):
+    if like := describe_foreign_extras(left):
         problems.append(f"it looks like {like}")
     if problems:
         raise ConversionError(f"not a complete {layout.name} checkpoint: " + "; ".join(problems))

@@ -203,11 +203,11 @@ def read_config(
     found |= always or {}
     if found["positions"]:
         found["grid"] = grid_of(tensors, "pos_embed", 3, before or (int(cls), cls + registers, 0), hints.get("grid"))
-    told = dict(heads=width // 64, mlp="gelu", final_norm=final, pool=pool)
-    return decide(found, told | family, {**hints, **({"mlp": "swiglu"} if gated else {})})
+    assumed = dict(heads=width // 64, mlp="gelu", final_norm=final, pool=pool)
+    return decide(found, assumed | family, {**hints, **({"mlp": "swiglu"} if gated else {})})
 
 
-def decide(found: Mapping[str, Any], told: Mapping[str, Any], hints: Mapping[str, Any]) -> ViTConfig:
+def decide(found: Mapping[str, Any], assumed: Mapping[str, Any], hints: Mapping[str, Any]) -> ViTConfig:
     """The config of fields that were measured, fields assumed, and hints, which must not contradict the former."""
     known = {field.name for field in fields(ViTConfig)}
     differ = [
@@ -217,7 +217,7 @@ def decide(found: Mapping[str, Any], told: Mapping[str, Any], hints: Mapping[str
     ]
     if differ:
         raise ConversionError(f"the checkpoint's tensors and its config disagree: {'; '.join(differ)}")
-    config = ViTConfig(**{**told, **{name: value for name, value in hints.items() if name in known}, **found})
+    config = ViTConfig(**{**assumed, **{name: value for name, value in hints.items() if name in known}, **found})
     c = config
     matrices = c.depth * (4 * c.width + 3 * c.hidden)
     vectors = c.grid[0] * c.grid[1] * c.positions + c.registers + c.classes + 3 * c.patch**2

@@ -23,7 +23,7 @@ from jaxvit.io.checkpoint import SafetensorsFile, sha256
 
 from .clip import OPENAI
 from .engine import ConversionError, Renamed, Tensors, tensor_shape
-from .neighbours import looks_like
+from .foreign import describe_foreign
 from .onnx_graph import read_onnx
 from .timm import POOLS, architecture_hints, folder_hints, module_hints
 
@@ -245,7 +245,7 @@ def of_branch(names: Iterable[Any], branch: Branch) -> list[str]:
 
 def _arrays(state: Mapping[Any, Any]) -> dict[str, np.ndarray]:
     if foreign := [name for name, value in state.items() if not (isinstance(name, str) and hasattr(value, "shape"))]:
-        like = looks_like(map(str, state))
+        like = describe_foreign(map(str, state))
         raise ConversionError(
             f"not a state dict of names and tensors: {', '.join(map(repr, foreign[:10]))}"
             f"{f'; it looks like {like}' if like else ''}"
@@ -297,8 +297,8 @@ def _folder(folder: Path, branch: Branch | None = None) -> Source:
     configs = [folder / name for name in CONFIG_FILES if (name == OPEN_CLIP_CONFIG) == open_clip]
     # Before anything is read: of a file that is not what the hub says it is, nothing is.
     description = {"kind": "folder", "path": folder.name, "sha256": {file.name: _checked(file) for file in files}}
-    if told := {file.name: _checked(file) for file in configs if file.is_file()}:
-        description["config sha256"] = told
+    if beside := {file.name: _checked(file) for file in configs if file.is_file()}:
+        description["config sha256"] = beside
     parts = [_read(file, branch) for file in files]
     tensors = parts[0] if len(parts) == 1 else _Joined(parts)
     if open_clip:

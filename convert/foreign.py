@@ -75,7 +75,7 @@ MODELS: Table = {
 """More specific ones first."""
 
 
-def looks_like(names: Iterable[str]) -> str:
+def describe_foreign(names: Iterable[str]) -> str:
     """A clause such as "a Swin Transformer (layers.0.blocks.0.attn.relative_position_bias_table)"; empty if unknown.
 
     Args:
@@ -84,7 +84,7 @@ def looks_like(names: Iterable[str]) -> str:
     return _first(BESIDE | MODELS, names)
 
 
-def betrayed(names: Iterable[str]) -> str:
+def describe_foreign_extras(names: Iterable[str]) -> str:
     """The same of what is left over beside the tensors of a known layout."""
     return _first(BESIDE, names)
 

@@ -17,7 +17,7 @@ from layouts import hub_state, numbers, tiny, transformers_state
 
 import convert
 from convert import LAYOUTS, ConversionError
-from convert.neighbours import betrayed, looks_like
+from convert.foreign import describe_foreign, describe_foreign_extras
 
 SIZES = dict(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=16
@@ -169,6 +169,6 @@ def test_nearest_layout():
 
 def test_known_layouts_look_like_nothing_else():
     state = transformers_state(tiny(), numbers(tiny()))
-    assert looks_like(HUB) == looks_like(state) == looks_like([]) == ""
+    assert describe_foreign(HUB) == describe_foreign(state) == describe_foreign([]) == ""
     for layout in LAYOUTS:
-        assert looks_like(layout.anchors) == betrayed(layout.anchors) == "", layout.name
+        assert describe_foreign(layout.anchors) == describe_foreign_extras(layout.anchors) == "", layout.name
