@@ -1,10 +1,12 @@
 """Parity with PyTorch, by the standard of `convert.verify`: every value both sides have, every layer, three sizes.
 
-Random weights of the full width; small at full depth, base too at one size. `python -m benchmarks parity` compares base
-at full depth at every size. Real weights on photographs are further down.
+Random weights of the full width: each width once, with registers or without, and with `make test-all` both. That also
+has small and base at full depth. `python -m benchmarks parity` compares base at full depth at every size. Real weights
+on photographs, at full depth, are further down.
 """
 
 import ctypes
+import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +41,8 @@ CONFIGS = {
         *((size, registers, 2 if registers else 1) for size in ("base", "large", "giant") for registers in (0, 4)),
     )
 }
+ONCE = ("small", "base-registers", "large", "giant-registers")
+"""Every width, every MLP, each rule of resampling, with registers and without: the others are combinations of these."""
 SITES_BOTH_HAVE = {"resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid"} | {
     "mlp_pre", "mlp_post", "mlp_out", "resid_post", "final", "pooled"
 }  # fmt: skip
@@ -48,6 +52,8 @@ SITES_BOTH_HAVE = {"resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resi
 def optimised(monkeypatch):
     """These programs run for longer than they compile: they are optimised, as the rest of the suite is not."""
     monkeypatch.setitem(verify.PRECISE_ON_CPU, "xla_backend_optimization_level", 3)
+    if "fusion_emitters" in os.environ["XLA_FLAGS"]:
+        monkeypatch.setitem(verify.PRECISE_ON_CPU, "xla_cpu_use_fusion_emitters", True)
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +95,9 @@ def weights(config):
     return {name: 3 * array if array.ndim == 2 else array for name, array in numbers(config, seed=2).items()}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [name if name in ONCE else pytest.param(name, marks=pytest.mark.long) for name in CONFIGS]
+)
 def test_random_weights(name):
     """The same weights in all three layouts of files: timm's, transformers', and that of Meta's hub.
 
@@ -123,6 +131,7 @@ def test_random_weights(name):
     check(model, [*originals.values()], noise(model, native))
 
 
+@pytest.mark.long
 def test_full_depth():
     """Of base; all blocks in one scan."""
     config = ViTConfig.dinov2("base", 4)
