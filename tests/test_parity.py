@@ -41,8 +41,8 @@ CONFIGS = {
         *((size, registers, 2 if registers else 1) for size in ("base", "large", "giant") for registers in (0, 4)),
     )
 }
-ONCE = ("small", "base-registers", "large of 182px", "giant-registers of 182px")
-"""Every width, both MLPs, each rule of resampling, with registers and without. At 518 px, wide ones take gigabytes."""
+ONCE = ("small", "base-registers of 182px", "large of 182px", "giant-registers of 182px")
+"""Every width, both MLPs, each rule of resampling, with registers and without. At 518 px, wider ones take gigabytes."""
 CONFIGS |= {name: replace(CONFIGS[name.split(" ")[0]], grid=(13, 13)) for name in ONCE if "182" in name}
 SITES_BOTH_HAVE = {"resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid"} | {
     "mlp_pre", "mlp_post", "mlp_out", "resid_post", "final", "pooled"
