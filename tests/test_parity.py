@@ -58,6 +58,12 @@ def optimised(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def few_layers_at_a_time(monkeypatch):
+    """Or several of 518 px take a gigabyte, twice. Recording them all at once is tested below."""
+    monkeypatch.setattr(verify, "TRACE_BYTES", 2**27)
+
+
+@pytest.fixture(autouse=True)
 def tidy():
     """glibc keeps what was freed in pieces of up to 32 MB, which after one of these tests is gigabytes."""
     yield
@@ -133,8 +139,9 @@ def test_random_weights(name):
 
 
 @pytest.mark.long
-def test_full_depth():
+def test_full_depth(monkeypatch):
     """Of base; all blocks in one scan."""
+    monkeypatch.setattr(verify, "TRACE_BYTES", 2**29)
     config = ViTConfig.dinov2("base", 4)
     n = weights(config)
     states = [WRITERS[layout](config, n) for layout in ("timm", "dinov2/transformers")]
