@@ -42,8 +42,9 @@ CONFIGS = {
     )
 }
 ONCE = ("small", "base-registers of 182px", "large of 182px", "giant-registers of 182px")
-"""Every width, both MLPs, each rule of resampling, with registers and without. At 518 px, wider ones take gigabytes."""
+"""Every width, both MLPs, each rule of resampling, with registers and without. Wider ones take gigabytes at 518 px."""
 CONFIGS |= {name: replace(CONFIGS[name.split(" ")[0]], grid=(13, 13)) for name in ONCE if "182" in name}
+CONFIGS["giant-registers of 182px"] = replace(CONFIGS["giant-registers of 182px"], depth=1)
 SITES_BOTH_HAVE = {"resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid"} | {
     "mlp_pre", "mlp_post", "mlp_out", "resid_post", "final", "pooled"
 }  # fmt: skip
