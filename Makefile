@@ -1,21 +1,26 @@
 # make demo   the main job on real weights and photographs: the experiments of the paper, report in out/embedded
-# make test   the whole test suite
-# Both set up everything they need in .venv, from pinned versions.
+# make test   every law, each at the sizes that show it; make test-all also at more sizes and depths (marker `long`)
+# All set up everything they need in .venv, from pinned versions.
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 # MODEL: a converted model, a checkpoint file or folder, or a hub id. IMAGES: a folder. OUT: where the report goes.
 demo: .venv/demo
 	.venv/bin/python -m experiments run --overwrite --out "$(or $(OUT),out/embedded)" \
 		$(if $(MODEL),--models "$(MODEL)",--preset embedded) $(if $(IMAGES),--images "$(IMAGES)")
 
-# ARGS: more arguments of pytest, such as ARGS="-k positions".
+# ARGS: more arguments of pytest, such as ARGS="-k positions". A file's tests run in one process, so that they share what
+# they compile; tests/conftest.py puts the files that take longest first.
+PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: .venv/test
-	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
+
+test-all: .venv/test
+	$(PYTEST) $(ARGS)
 
 lint: .venv/test
 	.venv/bin/ruff format --check .
@@ -31,10 +36,10 @@ lint: .venv/test
 	$(PIP) --editable '.[experiments]'
 	@touch $@
 
-.venv/test: .venv/demo
+.venv/test: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing PyTorch and the tests' packages into .venv (several GB) .."
 	$(PIP) --editable '.[tests,lint]'
-	@touch $@
+	@touch .venv/demo $@  # what the demo needs is among it
 
 clean:
 	rm -rf .venv .venv-newest .data out

@@ -1,7 +1,8 @@
 """Measures jaxvit beside timm on one NVIDIA GPU: how exact, how fast, how much memory.
 
     python -m benchmarks.accelerator --out out/accelerator.json [--only forward sweep] [--limit 400]
-    python -m benchmarks.accelerator --table out/accelerator.json                               as Markdown
+    python -m benchmarks.accelerator --keep out/accelerator.json      keeps it, and writes docs/accelerators.md anew
+    python -m benchmarks.accelerator --table out/accelerator.json     prints its tables as Markdown
     JAX_PLATFORMS=cpu python -m benchmarks.accelerator --smoke --sizes small --pixels 56 70     tries the code on a CPU
 
 The models are DINOv2 with 4 registers and random weights. Both sides hold the same weights and read the same images.
@@ -453,6 +454,24 @@ def table(results: Row) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+RESULTS = Path(__file__).parent / "results" / "accelerators"
+PAGE = Path(__file__).parents[1] / "docs" / "accelerators.md"
+
+
+def keep(path: Path) -> None:
+    """Copies results to benchmarks/results/accelerators, and writes the page of all that is kept there."""
+    results = json.loads(path.read_text())
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    name = "-".join(re.findall(r"\w+", results["device"].lower()))
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    _, _, models, kinds, arithmetics = __doc__.split("\n\n")
+    tables = [table(json.loads(kept.read_text())) for kept in sorted(RESULTS.glob("*.json"))]
+    title = "# On accelerators\n\nWritten by `python -m benchmarks.accelerator --keep FILE`. Below 1, jaxvit is faster."
+    rows = "\n".join(f"    {line.strip()}" for line in kinds.splitlines())
+    PAGE.write_text("\n\n".join([title, models, rows, arithmetics.strip(), *tables]) + "\n")
+    print(f"wrote {PAGE}")
+
+
 def header() -> Row:
     """The machine and the software."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -483,7 +502,11 @@ def main() -> None:
     parser.add_argument("--points", type=int, help="points that jaxvit's sweep runs at once, instead of its default")
     parser.add_argument("--smoke", action="store_true", help="models of two blocks, batches of 2")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of FILE")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="keep FILE, and write docs/accelerators.md")
     options = parser.parse_args()
+    if options.keep:
+        keep(options.keep)
+        return
     if options.table:
         print(table(json.loads(options.table.read_text())))
         return

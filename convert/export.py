@@ -43,7 +43,7 @@ Shapes = dict[str, tuple[int, ...]]
 Needs = dict[str, tuple[Any, ...]]
 """Field of a config -> the values that there is a place for."""
 
-Biases = Mapping[str, bool]
+Biases = dict[str, Any]
 """Field of a config -> whether there are these biases."""
 
 
@@ -296,13 +296,13 @@ def rotary_biases(c: ViTConfig) -> Biases:
 
 
 def clip_biases(c: ViTConfig) -> Biases:
-    head = dict(classes=0, projection=c.projection or c.classes)
-    return dict(patch_bias=False, qkv_bias=True, proj_bias=True, **head)
+    head: Biases = dict(classes=0, projection=c.projection or c.classes)
+    return head | dict(patch_bias=False, qkv_bias=True, proj_bias=True)
 
 
 def timm_biases(c: ViTConfig) -> Biases:
-    head = dict(classes=c.classes or c.projection, projection=0)  # there a projection is a classifier
-    return dict(patch_bias=not c.pre_norm, **head)  # which is tied to the norm
+    head: Biases = dict(classes=c.classes or c.projection, projection=0)  # there a projection is a classifier
+    return head | dict(patch_bias=not c.pre_norm)  # which is tied to the norm
 
 
 def whole_ratio(c: ViTConfig) -> bool:

@@ -1,11 +1,22 @@
 """What holds in every test: strict promotion of dtypes and ranks, no warnings, shapes checked at run time."""
 
+import ctypes
+import gc
 import os
+import resource
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
 
 # The suite tests CPU semantics; without this, JAX would grab a GPU for a handful of tiny programs.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Its programs compile for seconds and run for microseconds. XLA_FLAGS= runs the suite on optimised ones.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Its programs compile for longer than they run. XLA_FLAGS= runs the suite on optimised ones.
+FLAGS = "--xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):  # XLA aborts on flags it does not know: another version may lack these
+    # Without the emitters, and in one piece, programs compile three to five times as fast.
+    FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 # Several processes share the cores: PyTorch's threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -54,3 +65,53 @@ FAMILIES = {
 def model(request: pytest.FixtureRequest) -> ViT:
     """A random model of each family."""
     return random_model(FAMILIES[request.param])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release() -> Iterator[None]:
+    """Frees what a module compiled, or a process grows to gigabytes: the next one needs other programs."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc keeps what was freed in small pieces
+        trim(0)
+
+
+# --- the order of files, each of which one process runs
+
+LONGEST_FIRST = (
+    *("run", "parity", "interventions", "families", "paper_cka", "paper_beyond", "paper_norms", "sweeps", "decompose"),
+    *("export", "vit", "paper_torch", "edits", "one_shot", "paper_report", "browser", "convert_cli", "engine", "docs"),
+    *("readme", "safety", "convert", "hub", "properties", "streaming", "images"),
+)
+"""So that no process ends with a long file while the others have none left; the rest follow as they are."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
+# --- how much memory each process took at most
+
+GB = 1e9 if sys.platform == "darwin" else 1e6  # ru_maxrss is in bytes there, and in KB elsewhere
+PEAKS: dict[str, float] = {}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GB
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["peak"] = peak
+    else:
+        PEAKS["this process"] = peak
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node: Any) -> None:
+    if "peak" in (output := getattr(node, "workeroutput", {})):  # a worker that crashed has told nothing
+        PEAKS[node.gateway.id] = output["peak"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    peaks = ", ".join(f"{name} {peak:.2f} GB" for name, peak in sorted(PEAKS.items()))
+    terminalreporter.write_line(f"memory at most: {peaks}")

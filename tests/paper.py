@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
 
 from experiments.experiment import About, Experiment, Found, Measured
 from experiments.trace import observe
@@ -96,3 +98,14 @@ def numbers_of(
     """The numbers of one model whose weights are random."""
     found = found_of(experiment, model, images, options, **more)
     return experiment.numbers({"clean": found}, about_of(model), defaults(experiment, **(options or {})))
+
+
+def drawn_numbers(figure: Figure) -> np.ndarray:
+    """Every number that a figure draws: points of lines and clouds, heights of bars, values of pictures."""
+    shown = [np.zeros(0)]
+    for axes in figure.axes:
+        shown += [np.ma.filled(np.ma.asarray(image.get_array(), float), np.nan) for image in axes.images]
+        shown += [np.asarray(line.get_ydata(), float) for line in axes.lines]
+        shown += [np.asarray(c.get_offsets(), float) for c in axes.collections if isinstance(c, PathCollection)]
+        shown += [np.array([patch.get_height()]) for patch in axes.patches if hasattr(patch, "get_height")]
+    return np.concatenate([each.ravel() for each in shown])

@@ -204,6 +204,6 @@ def test_values_of_another_type_are_named(field, value, words):
 def test_words():
     words = ViTConfig.dinov2("small", 4, classes=10).in_words()
     assert words == (
-        "12 blocks of width 384, 6 heads, gelu MLP, 4 registers, patches of 14 px, a grid of 37x37, 10 outputs"
+        "12 blocks of width 384, 6 heads, gelu MLP, 4 registers, patches of 14 px, a grid of 37x37, 10 classes"
     )
     assert "no class token" in ViTConfig(**SMALL, cls=False, pool="mean").in_words()

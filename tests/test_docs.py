@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, random_images, random_model
+from matplotlib.figure import Figure
+from PIL import Image
 
 import jaxvit
 from jaxvit import ActivationStats, Registers, ViTConfig, ablate, replace_by_mean
@@ -31,7 +33,9 @@ def test_the_page_shows_the_script():
     (shown,) = re.findall(r"```python\n(.*?)```", (DOCS / "which-registers.md").read_text(), re.DOTALL)
     assert shown.strip() == script.strip()
     assert len([line for line in script.splitlines() if line.strip()]) < 20
-    assert (DOCS / "which-registers.png").stat().st_size > 5_000
+    assert "(which-registers.png)" in (DOCS / "which-registers.md").read_text()
+    with Image.open(DOCS / "which-registers.png") as picture:
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 4 * 12  # of 4 maps
 
 
 def test_points_are_what_single_runs_give(study):
@@ -63,6 +67,10 @@ def test_points_are_what_single_runs_give(study):
 def test_the_real_model_runs(study, tmp_path, monkeypatch, capsys):
     """Its first two blocks, with four appended registers; and the picture is drawn."""
     monkeypatch.chdir(DOCS.parent)
+    figures, save = {}, Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, **more: (figures.update({path: self}), save(self, path, **more))[1]
+    )
     whole = study.real_model()
     assert whole.config.registers == 4 and float(jnp.abs(whole.registers[...]).max()) > 0
     two = {name: a[:2] if name.startswith("blocks.") else a for name, a in to_params(whole).items()}
@@ -73,4 +81,12 @@ def test_the_real_model_runs(study, tmp_path, monkeypatch, capsys):
     assert list(cosines) == ["zero", "mean", "noise", "shuffle"]
     assert all(0.5 < float(value) <= 1 for value in cosines.values())
     assert effect.select(control="zero").values.min() < effect.select(control="mean").values.min() < 1 + 1e-6
-    assert (tmp_path / "out" / "map.png").stat().st_size > 5_000
+    # Four maps, of registers x layers, in the order of the controls.
+    maps = [
+        np.asarray(axes.images[0].get_array()) for axes in figures[tmp_path / "out" / "map.png"].axes if axes.images
+    ]
+    assert len(maps) == 4
+    for control, shown in zip(effect.axes["control"], maps, strict=True):
+        np.testing.assert_allclose(shown, effect.select(control=control).values, rtol=1e-6)
+    with Image.open(tmp_path / "out" / "map.png") as picture:
+        assert picture.format == "PNG"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, TINY, random_images, random_model
 from matplotlib.figure import Figure
-from paper import about_of, defaults, found_of, numbers_of
+from paper import about_of, defaults, drawn_numbers, found_of, numbers_of
 
 import jaxvit
 from experiments import (
@@ -668,6 +669,38 @@ def test_late_options_are_not_read_when_images_are_measured():
 # --- figures and tables
 
 
+def values_of(figure, key, numbers):
+    """Numbers of one model that have to be in a figure, as it draws them."""
+    match figure:
+        case "b1":
+            groups = numbers["groups"]
+            edges = (b1_token_flow.of_edge(numbers, query, to) for query in b1_token_flow.QUERIES for to in groups)
+            return [edge[0] for edge in edges if edge is not None]
+        case "b2":
+            controls = [of for of in numbers.values() if isinstance(of, dict) and "cosine cls" in of]
+            return [of[f"cosine {to}"]["mean"] for of in controls for to in ("cls", "patches")]
+        case "b4-norms":
+            return [numbers["norms"][name] for name in ("cls", "patches", "largest")]
+        case "b4-massive":
+            return [numbers["massive"][name] for name in ("largest", "median", "share of images")]
+        case "b5":
+            runs = [numbers[run] for run in b5_test_time_registers.RUNS]
+            named = ("largest norm", "register norm", "register attention")
+            return [run[name]["mean"] for run in runs for name in named if name in run]
+        case "b6":
+            return [numbers["spearman"][pair]["mean"] for pair in b6_rollout.PAIRS]
+    assert figure in ("b6-maps-with", "b6-maps-without")  # whose pictures the next test compares
+    return []
+
+
+def assert_drawn(figure, values):
+    """Each of the values is one that the figure draws, and all it draws are numbers."""
+    shown = drawn_numbers(figure)
+    assert shown.size and np.isfinite(shown).all()
+    for value in np.concatenate([np.zeros(0), *map(np.ravel, values)]):
+        assert np.isclose(shown, value, rtol=1e-5, atol=1e-9).any(), value
+
+
 def test_figures_and_tables_cope_with_any_models(tmp_path):
     models, results, found = {}, {}, {}
     shown = {}
@@ -691,7 +724,10 @@ def test_figures_and_tables_cope_with_any_models(tmp_path):
         for axes in (axes for figure in figures.values() for axes in figure.axes if axes.get_xlabel() == "layer"):
             assert list(axes.get_xticks()) == [0, 1, 2]  # layers count from 0, and no tick is between two
             assert all(list(line.get_xdata()) == [0, 1, 2] for line in axes.lines if len(line.get_xdata()) > 2)
-        assert all((tmp_path / f"{name}.svg").stat().st_size > 2000 for name in figures)
+        for name, figure in figures.items():
+            assert ET.parse(tmp_path / f"{name}.svg").getroot().tag.endswith("svg")
+            for key in results[e.id]:
+                assert_drawn(figure, values_of(name, key, results[e.id][key]))
         table = e.table(results[e.id], models)
         assert table.rows and all(len(row) == len(table.head) for row in table.rows)
         if e.id == "B4":  # no activation is massive: the first layer

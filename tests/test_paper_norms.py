@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FAMILIES, TINY, random_images, random_model
-from paper import about_of, defaults, found_of, numbers_of
+from paper import about_of, defaults, drawn_numbers, found_of, numbers_of
 from PIL import Image
 
 from experiments import a1_attention_mass, a2_top_register, a5_patch_cosine, a7_norms, a8_depth_cosine
@@ -673,6 +673,8 @@ def test_figures(shown, experiment, tmp_path):
         assert figures.keys() == expected[experiment.id]
         for name, figure in figures.items():
             figure.savefig(tmp_path / f"{name}.png", dpi=60)
+            drawn = drawn_numbers(figure)
+            assert drawn.size and np.isfinite(drawn).all(), name
         # One model alone, without examples.
         key = next(iter(view.results))
         alone = view._replace(results={key: view.results[key]}, found={key: view.found[key]}, examples={})
@@ -696,6 +698,12 @@ def test_what_figures_show(shown):
         before = A2.figures(shown["A2"])["2b"].axes[0]
         top = shown["A2"].results["dinov2 with registers large"]["top before"]
         assert [bar.get_height() for bar in before.patches] == pytest.approx([each["mean absolute"] for each in top])
+
+        curves = A8.figures(shown["A8"])["5b"]
+        drawn = [line.get_ydata() for ax in curves.axes for line in ax.lines if len(line.get_ydata()) > 2]
+        of = [numbers for key, numbers in shown["A8"].results.items() if key.startswith("dinov2")]
+        expected = [[each["mean"] for each in a8_depth_cosine.shown_of(numbers)] for numbers in of]
+        assert sorted(map(list, drawn)) == [pytest.approx(line, rel=1e-6) for line in sorted(expected)]
 
         shares = A7.figures(shown["A7"])["7-shares"].axes[0]
         total = sum(bar.get_height() for bar in shares.patches)

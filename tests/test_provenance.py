@@ -110,13 +110,13 @@ def with_config(**changes):
         ),
         (lambda model: jaxvit.cast(model, "bfloat16"), [f"{WEIGHTS}: they are bfloat16, those were float32"]),
         (lambda model: jaxvit.add_registers(model), [WEIGHTS, f"{CONFIG}: registers 4, was 3"]),
-        (with_config(heads=2), [f"{CONFIG}: heads 2, was 4"]),
+        (with_config(eps=1e-5), [f"{CONFIG}: eps 1e-05, was 1e-06"]),
         (
             with_config(resampling="bicubic", mlp="gelu_tanh"),
             [f"{CONFIG}: mlp gelu_tanh, was gelu, resampling bicubic, was bicubic_antialias"],
         ),
     ],
-    ids=["zero", "others", "cast", "registers", "heads", "resampling"],
+    ids=["zero", "others", "cast", "registers", "eps", "resampling"],
 )
 def test_a_modified_model_says_so_and_proves_nothing(proven, tmp_path, change, changes):
     model, provenance = jaxvit.load(proven, described=True)
@@ -153,10 +153,10 @@ def test_a_modified_folder_whose_file_was_swapped(proven, tmp_path):
 def test_a_config_that_was_edited_is_not_the_one_that_is_described(proven):
     path = proven / "config.json"
     content = json.loads(path.read_text())
-    content["config"]["heads"] = 2
+    content["config"]["eps"] = 1e-5
     path.write_text(json.dumps(content))
     told = jaxvit.describe(proven)
-    assert told.changes == (f"{CONFIG}: heads 2, was 4",) and told.parity is None
+    assert told.changes == (f"{CONFIG}: eps 1e-05, was 1e-06",) and told.parity is None
 
 
 def test_a_modified_model_can_be_verified(proven, tmp_path):

@@ -1,10 +1,16 @@
 """What README.md shows works, word for word."""
 
 import re
+import subprocess
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 import convert
 import jaxvit
@@ -21,6 +27,10 @@ def test_examples(monkeypatch, capsys, tmp_path):
     (tmp_path / embedded.DATA).symlink_to(data)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
+    figures, save = {}, Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, **more: (figures.update({str(path): self}), save(self, path, **more))[1]
+    )
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(code, "README.md", "exec"), names)
     masses = eval(capsys.readouterr().out)
@@ -28,8 +38,18 @@ def test_examples(monkeypatch, capsys, tmp_path):
     assert names["saliency"].shape == (1, 224, 224, 3) and float(abs(names["saliency"]).max()) > 0
     effect = names["effect"]
     assert list(effect.axes) == ["layer", "head", "image"] and effect.values.shape == (12, 6, 1)
-    assert -1 <= effect.values.min() < 0.999 and effect.values.max() <= 1 + 1e-5
-    assert (tmp_path / "heads.png").stat().st_size > 5_000
+    # Of every head: the cosine of the [CLS] without it with the clean one, in one run each.
+    model, images = names["model"], names["images"]
+    clean, run = model(images), jax.jit(lambda model, images, edits: model(images, edits).cls)
+    for layer, head in ((0, 0), (6, 5), (11, 2)):
+        without = run(model, images, jaxvit.ablate(model, "z", layers=layer, heads=head))
+        expected = (without * clean.cls).sum(-1) / np.linalg.norm(without, axis=-1) / np.linalg.norm(clean.cls, axis=-1)
+        np.testing.assert_allclose(effect.values[layer, head], expected, atol=1e-5)
+    assert effect.values.max() <= 1 + 1e-5 and len(np.unique(effect.values)) == 72
+    (heat,) = figures["heads.png"].axes[0].images
+    np.testing.assert_allclose(np.sort(heat.get_array(), axis=None), np.sort(effect.mean("image").values, axis=None))
+    with Image.open(tmp_path / "heads.png") as picture:
+        assert picture.format == "PNG"
 
 
 def test_every_public_name_is_listed():
@@ -58,5 +78,30 @@ def test_every_site_is_described():
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
-def test_commands_exist(target):
-    assert f"    make {target} " in README and re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+def test_targets_exist(target):
+    """As make itself finds them, which only says here what it would do."""
+    assert f"    make {target} " in README
+    told = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 0 and ".venv/bin/python -m " in told.stdout, told.stderr
+
+
+COMMANDS = re.findall(
+    r"(?:^    |`)python -m ((?:convert|experiments|benchmarks)(?: [^`\n]*)?)(?:`|$)", README, re.MULTILINE
+)
+"""As they are written, which words about them may follow, two spaces away."""
+
+
+def test_commands_exist(capsys):
+    """Each command has a parser that knows its options."""
+    assert {command.split()[0] for command in COMMANDS} == {"convert", "experiments", "benchmarks"}
+    for command in COMMANDS:
+        package, *words = re.split(r"  +", command)[0].split()
+        # SOURCE, DEST and A B stand for something; A3 is a command.
+        named = [word for word in words[:1] if re.fullmatch(r"[a-z-]+|[AB]\d", word)]
+        with pytest.raises(SystemExit) as end:
+            import_module(f"{package}.__main__").main([*named, "--help"])
+        told = capsys.readouterr().out
+        assert end.value.code == 0, command
+        options = set(re.findall(r"--[a-z-]+", " ".join(words)))
+        known = set(re.findall(r"--[a-z-]+", told))
+        assert options <= known, (command, options - known)

@@ -51,7 +51,7 @@ def toys(tmp_path_factory) -> Path:
 def environment(tmp_path_factory) -> dict[str, str]:
     """What is compiled in one run is not compiled again in the next."""
     cache = tmp_path_factory.mktemp("compiled")
-    more = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    more = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return {**os.environ, **more}
 
 

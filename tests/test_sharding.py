@@ -1,4 +1,4 @@
-"""Images spread over devices, parameters copied to each: the same numbers, and they stay spread."""
+"""Images spread over devices, parameters copied to each or spread too: the same numbers, and images stay spread."""
 
 import os
 import subprocess
@@ -16,7 +16,9 @@ SCRIPT = """
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     from conftest import FAMILIES, random_images, random_model
+    import jaxvit
     from jaxvit import Take
+    from jaxvit.model.params import from_params, to_params
 
     assert jax.device_count() == {devices}
     kind = getattr(AxisType, sys.argv[1])
@@ -55,7 +57,44 @@ SCRIPT = """
         for array in out.trace.values():
             assert_spread(array, 1)  # after the layers
 
+    # Parameters spread over heads and hidden units, images over the rest; one shot of everything that runs the model.
+    both = jax.make_mesh(({devices} // 2, 2), ("data", "model"), axis_types=(kind,) * 2)
+    OVER = {{"attn.qkv.kernel": P(None, None, None, "model"), "attn.qkv.bias": P(None, None, "model")}}
+    OVER |= {{"attn.proj.kernel": P(None, "model"), "mlp.fc1.kernel": P(None, None, "model")}}
+    OVER |= {{"mlp.fc1.bias": P(None, "model"), "mlp.fc2.kernel": P(None, "model")}}
+    model, images = random_model(FAMILIES["dinov2 with registers"]), random_images(0, {devices}, 8)
+    params = {{
+        name: jax.device_put(a, NamedSharding(both, OVER.get(name.removeprefix("blocks."), P())))
+        for name, a in to_params(model).items()
+    }}
+    placed = from_params(model.config, params)
+    spread = jax.device_put(images, NamedSharding(both, P("data")))
+    first = lambda out, clean: out.cls[:, 0]
+    heads = lambda point, clean: jaxvit.ablate(model, "z", layers=point["layer"], heads=point["head"])
+    cut = jaxvit.knockout(model, query="patches", key="registers")
+    grid = jaxvit.Grid(layer=(0, 2), head=(1, 3))
+    RUNS = {{
+        "plain": lambda m, x: m(x).patches,
+        "recorded": lambda m, x: m(x, record={{"pattern": Take(layers=(-1, 0)), "z": Take()}}).trace,
+        "edited": lambda m, x: m(x, cut).cls,
+        "gradient": lambda m, x: to_params(jax.grad(loss)(m, x)),
+        "each_layer": lambda m, x: jaxvit.each_layer(m, x, lambda trace: trace["v"].mean((1, 2, 3)), "v"),
+        "sweep": lambda m, x: jaxvit.sweep(m, x, heads, grid, first, progress=False).values,
+        "attribute": lambda m, x: jaxvit.attribute(m, x, heads, grid, first, progress=False).values,
+    }}
+    for name, go in RUNS.items():
+        expected = go(model, images)
+        with jax.set_mesh(both):
+            found = go(placed, spread)
+        try:
+            assert_close(found, expected)
+        except AssertionError as error:
+            raise AssertionError(name) from error
+
     gradient = jax.jit(jax.grad(loss))
+    model, images = random_model(FAMILIES["dinov2 giant"]), random_images(0, 2 * {devices}, 4)
+    copied = jax.device_put(model, NamedSharding(mesh, P()))
+    spread = jax.device_put(images, NamedSharding(mesh, P("data")))
     expected = gradient(model, images)
     with jax.set_mesh(mesh):
         assert_close(gradient(copied, spread), expected)

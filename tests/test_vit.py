@@ -571,5 +571,5 @@ def test_attention_in_blocks_of_rows_is_attention(blocks, monkeypatch):
         return jax.jit(jax.value_and_grad(total, (0, 1, 2, 3)))(q, k, v, mask)
 
     whole = run(q, k, v, mask)
-    monkeypatch.setattr(attention, "cpu_blocks", lambda q, k: blocks)
+    monkeypatch.setattr(attention, "cpu_blocks", lambda shape, tokens: blocks)
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), run(q, k, v, mask), whole)

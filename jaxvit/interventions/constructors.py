@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jaxvit.interventions.statistics import ActivationStats
-from jaxvit.model.edits import Edit, Knockout, Operation, Over, Queries, Shuffle
+from jaxvit.model.edits import OTHER_SIZE, Edit, Knockout, Operation, Over, Queries, Shuffle
 from jaxvit.model.sites import ATTENTION_SITES, SITES, check_sites
 from jaxvit.model.tokens import TokenLayout
 from jaxvit.model.vit import ViT
@@ -160,7 +160,7 @@ def replace_by_noise(
     selected = _layout_of(where)
     if layout is not None and selected is not None and layout != selected:
         raise ValueError(
-            f"the noise is for {_sequence(layout)}, and tokens are selected in {_sequence(selected)}; {CALL}"
+            f"the noise is for {_sequence(layout)}, and tokens are selected in {_sequence(selected)}; {OTHER_SIZE}"
         )
     noise = stats.noise(site, rng, batch, layout)
     return {site: Edit(shift=noise, value_over="groups" if layout is None else "tokens", **chosen)}
@@ -392,15 +392,14 @@ def _float() -> np.dtype:
     return jax.dtypes.canonicalize_dtype(float)
 
 
-CALL = "for images of another size than the default take the layout from model.config.layout(height, width)"
-
-
 def _layout_of(where: Where) -> TokenLayout | None:
     """The sequence in which single tokens are selected, if any are."""
     selections = (where.get("tokens"), where.get("query"), where.get("key"))
     layouts = {what.layout for what in selections if isinstance(what, TokenIndices)}
     if len(layouts) > 1:
-        raise ValueError(f"tokens are selected in different layouts, {' and '.join(map(_sequence, layouts))}; {CALL}")
+        raise ValueError(
+            f"tokens are selected in different layouts, {' and '.join(map(_sequence, layouts))}; {OTHER_SIZE}"
+        )
     return layouts.pop() if layouts else None
 
 
@@ -416,7 +415,7 @@ def _check_tokens(site: str, value: Array, where: Where) -> None:
     count = value.shape[1 + SITES[site].split().index("T")]
     if count not in (1, layout.tokens):
         raise ValueError(
-            f"the value for {site!r} is of {count} tokens, and tokens are selected in {_sequence(layout)}; {CALL}"
+            f"the value for {site!r} is of {count} tokens, and tokens are selected in {_sequence(layout)}; {OTHER_SIZE}"
         )
 
 
@@ -432,7 +431,7 @@ def _tokens(model: ViT, what: Tokens, layout: TokenLayout | None) -> Mask:
         try:
             return choose("token", what.layout.tokens, what.index)
         except ValueError as error:
-            raise ValueError(f"{error}, in {_sequence(what.layout)}; {CALL}") from None
+            raise ValueError(f"{error}, in {_sequence(what.layout)}; {OTHER_SIZE}") from None
     groups = TokenLayout(c.registers, (1, 1), c.cls).group_names
     first, end = int(c.cls), int(c.cls) + c.registers
     if isinstance(what, Registers):

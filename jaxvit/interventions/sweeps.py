@@ -300,7 +300,8 @@ def _attribution_programs(edits: Program, measure: Program) -> _Attribution:
                         total = total + change.sum(range(1, change.ndim), dtype=total.dtype)
                 return total, None
 
-            start = jnp.zeros(len(clean.tokens), wide_dtype(clean.tokens.dtype))
+            # Zeros of the run's own images, which may be sharded.
+            start = jnp.zeros_like(clean.tokens[:, 0, 0], wide_dtype(clean.tokens.dtype))
             return jax.lax.scan(layer, start, (arrays, slopes, values), depth)[0]
 
         return jax.lax.map(one, points, batch_size=batch_size)

@@ -105,8 +105,8 @@ def attention(
     """softmax(q k / sqrt(d)) v, [B, Q, H, d], with all scores written out."""
     weights, total = exponentials(scaled_scores(q_BQHd, k_BTHd), rows, factor)
     # Dividing the outputs by the sum of weights, not the weights, saves a pass over T x T numbers.
-    wide = dict(preferred_element_type=weights.dtype)
-    z_BHQd = jnp.einsum("BHQT,BTHd->BHQd", weights.astype(v_BTHd.dtype), v_BTHd, **wide)
+    rounded, wide = weights.astype(v_BTHd.dtype), weights.dtype
+    z_BHQd = jnp.einsum("BHQT,BTHd->BHQd", rounded, v_BTHd, preferred_element_type=wide)
     return (z_BHQd / total).astype(v_BTHd.dtype).swapaxes(1, 2)
 
 
@@ -134,7 +134,7 @@ def fused_attention(
     by_platform: dict[str, Callable[..., Array]] = {}
     if factor is None and kernel == "auto" and cudnn_takes(q_BQHd.dtype, q_BQHd.shape[-1]) and cudnn_is_here():
         by_platform["cuda"] = cudnn_attention
-    if (blocks := cpu_blocks(q_BQHd, k_BTHd)) > 1:
+    if (blocks := cpu_blocks(q_BQHd.shape, k_BTHd.shape[1])) > 1:
         by_platform["cpu"] = partial(attention_in_blocks, blocks=blocks, first=first, factor=factor)
     if not by_platform:
         return whole(q_BQHd, k_BTHd, v_BTHd)
@@ -149,13 +149,12 @@ CPU_BYTES = 2**24
 """As much of the scores as is written out at once on a CPU: what leaves the caches costs more than twice."""
 
 
-def cpu_blocks(q_BQHd: Array, k_BTHd: Array) -> int:
-    """Into how many blocks the query rows are split on a CPU. The batch stays whole, as it may be sharded."""
-    B, Q, H, _ = q_BQHd.shape
-    if not all(isinstance(n, int) for n in (B, Q)):  # exported with a symbolic size
+def cpu_blocks(shape_BQHd: tuple[Any, ...], tokens: int) -> int:
+    """Into how many blocks query rows are split on a CPU. The batch stays whole, as it may be sharded."""
+    B, Q, H, _ = shape_BQHd
+    if not isinstance(B, int):  # a symbolic size, of an exported program
         return 1
-    scores = B * H * Q * k_BTHd.shape[1] * max(q_BQHd.dtype.itemsize, 4)
-    return min(-(-scores // CPU_BYTES), max(Q // 32, 1))
+    return min(-(-4 * B * H * Q * tokens // CPU_BYTES), max(Q // 32, 1))
 
 
 def attention_in_blocks(
@@ -217,11 +216,11 @@ def cudnn_is_here() -> bool:
     return float(capability) >= 8
 
 
-def check_kernel(kernel: str, dtype: Any, head_size: int, device: jax.Device | str | None) -> None:
+def check_kernel(kernel: str, dtype: Any, head_size: int, device: Any) -> None:
     """Raises a ValueError if `attention=kernel` cannot run in this type, or on this device.
 
     Args:
-      device: where the program will run, as far as that is known; or the name of its platform.
+      device: where the program will run, or the name of its platform; None where that is not known.
     """
     if kernel not in get_args(Kernel):
         raise ValueError(f"attention is {kernel!r}; expected 'auto', 'xla' or 'cudnn'")

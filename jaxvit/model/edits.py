@@ -31,6 +31,8 @@ from jaxtyping import Array
 
 from jaxvit.model.sites import ATTENTION_SITES, SITES, check_sites
 
+OTHER_SIZE = "for images of another size than the default take the layout from model.config.layout(height, width)"
+
 Over = Literal["groups", "tokens"]
 """What the token axes of an edit's arrays count."""
 Queries = Literal["prefix", "all"]
@@ -62,7 +64,7 @@ class Operation(ABC):
     def token_axes(self) -> dict[str, Over | None]:
         """Field -> what its token axes count; None for a field without the axes of the site."""
 
-    def problems(self, site: str, sizes: Mapping[str, int]) -> list[str]:
+    def problems(self, site: str, sizes: Mapping[str, Any]) -> list[str]:
         """What else is wrong with the edit at this site, each after its name; see `check_edits`."""
         return []
 
@@ -138,7 +140,7 @@ class Shuffle(Operation):
     def token_axes(self) -> dict[str, Over | None]:
         return {"mask": self.mask_over, "order": None}
 
-    def problems(self, site: str, sizes: Mapping[str, int]) -> list[str]:
+    def problems(self, site: str, sizes: Mapping[str, Any]) -> list[str]:
         if not jnp.issubdtype(jnp.result_type(self.order), jnp.integer):
             return [f"has an order of {jnp.result_type(self.order)}; expected integers"]
         if isinstance(self.order, Tracer):
@@ -173,7 +175,7 @@ class Relocate(Operation):
     def token_axes(self) -> dict[str, Over | None]:
         return {"mask": self.mask_over, "to": "groups"}
 
-    def problems(self, site: str, sizes: Mapping[str, int]) -> list[str]:
+    def problems(self, site: str, sizes: Mapping[str, Any]) -> list[str]:
         return ["moves values between tokens, and this site has two axes of them"] if site in ATTENTION_SITES else []
 
 
@@ -226,7 +228,7 @@ class Knockout(Operation):
     def token_axes(self) -> dict[str, Over | None]:
         return {"mask": self.mask_over}
 
-    def problems(self, site: str, sizes: Mapping[str, int]) -> list[str]:
+    def problems(self, site: str, sizes: Mapping[str, Any]) -> list[str]:
         return [] if site == "scores" else ["cuts attention before the softmax: it stands at 'scores' alone"]
 
 
@@ -276,7 +278,7 @@ def normalise_edits(edits: Edits | None) -> dict[str, tuple[Operation, ...]]:
     return {site: each for site, each in every.items() if each}
 
 
-def check_edits(edits: Mapping[str, Sequence[Operation]], sizes: Mapping[str, int]) -> None:
+def check_edits(edits: Mapping[str, Sequence[Operation]], sizes: Mapping[str, Any]) -> None:
     """Raises a ValueError that lists every array whose shape does not fit, or that holds NaN or infinity.
 
     Traced values are not checked: NaN then propagates where the mask is not zero. Minus infinity is a valid score.
@@ -296,7 +298,7 @@ def check_edits(edits: Mapping[str, Sequence[Operation]], sizes: Mapping[str, in
         raise ValueError("; ".join(wrong))
 
 
-def _unfit(edit: Operation, name: str, site: str, sizes: Mapping[str, int]) -> list[str]:
+def _unfit(edit: Operation, name: str, site: str, sizes: Mapping[str, Any]) -> list[str]:
     """What is wrong with one array of an edit."""
     leaf, over = getattr(edit, name), edit.token_axes()[name]
     what = f"{name} of the {type(edit).__name__} at {site!r}"
@@ -316,9 +318,10 @@ def _unfit(edit: Operation, name: str, site: str, sizes: Mapping[str, int]) -> l
     shape, expected = np.shape(leaf), [known[axis] for axis in axes]
     if shape and (len(shape) != len(expected) or any(n not in (1, e) for n, e in zip(shape, expected, strict=True))):
         count = {None: "", "groups": f", one for each of {sizes['P'] + 1} groups", "tokens": ", one for each token"}
+        size = f"; {OTHER_SIZE}"
         wrong.append(
             f"{what} has shape {list(shape)}; expected {expected} ({' '.join(axes)}{count[over]}), any axis of which "
-            f"may be 1"
+            f"may be 1{size if over == 'tokens' else ''}"
         )
     return wrong
 

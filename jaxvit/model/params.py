@@ -40,13 +40,18 @@ def from_params(config: ViTConfig, params: Mapping[str, Any]) -> ViT:
     """The model with these parameters. Works on arrays, on tracers, and on parameters with extra leading axes.
 
     Raises:
-      ValueError: names that are missing or too many; all of them are listed.
+      ValueError: names that are missing or too many, or shapes that do not fit the config; all of them are listed.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract(config))
     names = [_name(path) for path, _ in leaves]
     if set(names) != set(params):
         missing, extra = sorted(set(names) - set(params)), sorted(set(params) - set(names))
         raise ValueError(f"parameters do not fit the config: missing {missing}, not expected {extra}")
+    shapes = [(name, tuple(leaf.shape), np.shape(params[name])) for name, (_, leaf) in zip(names, leaves, strict=True)]
+    wrong = [(name, fit, found) for name, fit, found in shapes if found[len(found) - len(fit) :] != fit]
+    if wrong:
+        every = "; ".join(f"{name} has shape {list(found)}, expected {list(fit)}" for name, fit, found in wrong)
+        raise ValueError(f"parameters do not fit the config: {every}")
     return jax.tree.unflatten(structure, [params[name] for name in names])
 
 

@@ -132,8 +132,11 @@ def rope_for(model: ViT, grid: tuple[int, int] | None, tokens: int) -> Rope:
     return rotary(grid, c.head_size, c.rope_base, c.rope, c.prefix)
 
 
-def checked_edits(model: ViT, edits: Edits | None, batch: int, tokens: int) -> dict[str, tuple[Operation, ...]]:
+def checked_edits(model: ViT, edits: Edits | None, batch: Any, tokens: Any) -> dict[str, tuple[Operation, ...]]:
     """The edits of every site as a tuple.
+
+    Args:
+      batch, tokens: sizes; of a program that is exported they may be symbolic.
 
     Raises:
       ValueError: an unknown site, something that is no edit, or arrays that do not fit this model and these images.
@@ -149,7 +152,7 @@ def check_choices(model: ViT, x: Array, remat: str, kernel: str) -> None:
     if remat not in get_args(Remat):
         raise ValueError(f"remat is {remat!r}; expected 'none' or 'block'")
     devices = set() if isinstance(x, Tracer) or not isinstance(x, jax.Array) else x.devices()
-    device = next(iter(devices)) if devices else jax.config.jax_default_device
+    device = next(iter(devices)) if devices else jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     check_kernel(kernel, model.dtype, model.config.head_size, device)
 
 
@@ -220,7 +223,7 @@ def layer_by_layer(
     tokens = c.layout(*images.shape[1:3]).tokens if stream is None else stream.shape[1]
     every = checked_edits(model, edits, entering.shape[0], tokens)
     check_choices(model, entering, "none", attention)
-    static = dict(plan=plan, grid=grid, from_images=stream is None, kernel=attention)
+    static: dict[str, Any] = dict(plan=plan, grid=grid, from_images=stream is None, kernel=attention)
     args = (model, entering, every)
     if is_traced(args, measure):
         return _measured(*args, measure, **static)

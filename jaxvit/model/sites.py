@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -60,13 +60,14 @@ class Take:
     tokens: Literal["prefix", "all"] | None = None
 
     def __post_init__(self) -> None:
-        layers = self.layers
+        layers: Any = self.layers
         if isinstance(layers, Iterable) and not isinstance(layers, str | Mapping | set | frozenset):
             layers = tuple(layers)
-        several = layers if isinstance(layers, tuple) else () if layers is None else (layers,)
+        several: tuple[Any, ...] = layers if isinstance(layers, tuple) else () if layers is None else (layers,)
         if not all(isinstance(one, int | np.integer) and not isinstance(one, bool) for one in several):
             raise ValueError(f"layers is {self.layers!r}; expected a number, several in order, or None for all")
-        object.__setattr__(self, "layers", tuple(map(int, several)) if isinstance(layers, tuple) else layers)
+        plain = tuple(map(int, several))
+        object.__setattr__(self, "layers", plain if isinstance(layers, tuple) else plain[0] if plain else None)
         if self.tokens not in ("prefix", "all", None):
             raise ValueError(f"tokens is {self.tokens!r}; expected 'prefix', 'all' or None")
 
@@ -118,9 +119,7 @@ def recording_plan(record: Record, depth: int, prefix: int, start: int = 0, stop
     order = {}
     for site, take in takes.items():
         if take.tokens == "prefix" and not prefix:
-            raise ValueError(
-                f"cannot record the prefix of {site!r}: this model has neither a class token nor registers"
-            )
+            raise ValueError(f"cannot record the prefix of {site!r}: this model has no class token or registers")
         layers = range(start, stop) if take.layers is None else take.layers
         asked = [layers] if isinstance(layers, int) else list(layers)
         for layer in asked:

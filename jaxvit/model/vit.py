@@ -10,7 +10,7 @@ an argument. All blocks are one `Block` whose parameters have a leading axis L, 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
@@ -172,7 +172,7 @@ class ViT(nnx.Module):
 
     def run_from(
         self,
-        layer: int | Array,
+        layer: int | np.integer | Array,
         resid_BTD: Float[Array, "B T D"],
         edits: Edits | None = None,
         record: Record = (),
@@ -291,7 +291,7 @@ class ViT(nnx.Module):
 
 @partial(jax.jit, static_argnames=("plan", "grid", "remat", "kernel"))
 def _forward(
-    model: ViT, images: Array, edits: object, *, plan: Plan, grid: tuple[int, int], remat: Remat, kernel: Kernel
+    model: ViT, images: Array, edits: Any, *, plan: Plan, grid: tuple[int, int], remat: Remat, kernel: Kernel
 ) -> Output:
     ran = run_blocks(model, model.embedding(images), edits, plan, grid=grid, remat=remat, kernel=kernel)
     return model.outputs(ran.stream, ran.trace)
@@ -301,7 +301,7 @@ def _forward(
 def _forward_from(
     model: ViT,
     stream: Array,
-    edits: object,
+    edits: Any,
     layer: Array | None,
     *,
     plan: Plan,
