@@ -15,6 +15,7 @@ from PIL import Image
 import convert
 import jaxvit
 from experiments import embedded
+from jaxvit import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -85,21 +86,20 @@ def test_targets_exist(target):
     assert told.returncode == 0 and ".venv/bin/python -m " in told.stdout, told.stderr
 
 
-COMMANDS = re.findall(
-    r"(?:^    |`)python -m ((?:convert|experiments|benchmarks)(?: [^`\n]*)?)(?:`|$)", README, re.MULTILINE
-)
+COMMANDS = re.findall(r"(?:^    |`)((?:jaxvit (?=[a-zA-Z])|python -m benchmarks)[^`\n]*)(?:`|$)", README, re.MULTILINE)
 """As they are written, which words about them may follow, two spaces away."""
 
 
 def test_commands_exist(capsys):
     """Each command has a parser that knows its options."""
-    assert {command.split()[0] for command in COMMANDS} == {"convert", "experiments", "benchmarks"}
+    programs = {"jaxvit": cli.main, "python -m benchmarks": import_module("benchmarks.__main__").main}
+    ours = [command.split()[1] for command in COMMANDS if command.startswith("jaxvit")]
+    assert {*cli.CONVERTER, *cli.EXPERIMENTS, "A3"} == set(ours) and len(ours) < len(COMMANDS)
     for command in COMMANDS:
-        package, *words = re.split(r"  +", command)[0].split()
-        # SOURCE, DEST and A B stand for something; A3 is a command.
-        named = [word for word in words[:1] if re.fullmatch(r"[a-z-]+|[AB]\d", word)]
+        (program,) = [program for program in programs if command.startswith(program)]
+        words = re.split(r"  +", command.removeprefix(program).strip())[0].split()
         with pytest.raises(SystemExit) as end:
-            import_module(f"{package}.__main__").main([*named, "--help"])
+            programs[program]([*words[:1], "--help"])
         told = capsys.readouterr().out
         assert end.value.code == 0, command
         options = set(re.findall(r"--[a-z-]+", " ".join(words)))
