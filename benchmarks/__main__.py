@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     command = of["speed"]
     command.add_argument("--full", action="store_true", help="every model, size and batch")
-    command.add_argument("--keep", metavar="NAME", help="keep as benchmarks/results/NAME.json, and show in README.md")
+    command.add_argument("--keep", metavar="NAME", help="keep in benchmarks/results, show in docs/speed.md")
     command.add_argument("--only", metavar="SIZE:PIXELS", help="measure these anew, and replace them in what is kept")
     command.add_argument("--precision", choices=speed.PRECISIONS, default="float32", help="of both sides")
     command.add_argument("--seconds", type=float, default=20.0, help="how long each set of alternatives takes turns")
@@ -37,7 +37,11 @@ def main(argv: list[str] | None = None) -> None:
     command = of["conversion"]
     command.add_argument("--size", choices=conversion.SIZES, default="giant", help="of the model (%(default)s)")
     command.add_argument("--place", type=Path, help="a folder on a disk with room for it, instead of the temporary one")
-    for name, where in (("parity", "README.md"), ("conversion", "README.md"), ("families", "docs/families.md")):
+    for name, where in (
+        ("parity", "docs/parity.md"),
+        ("conversion", "docs/conversion.md"),
+        ("families", "docs/families.md"),
+    ):
         of[name].add_argument("--write", action="store_true", help=f"put the table into {where}")
     where = "docs/architectures.md and convert/architectures.json"
     of["architectures"].add_argument("--write", action="store_true", help=f"write {where}")

@@ -2,7 +2,7 @@
 
     python -m benchmarks conversion                    DINOv2 giant, 4.5 GB
     python -m benchmarks conversion --size 7b          the largest DINOv3, 27 GB
-    python -m benchmarks conversion --write            and put the table into README.md
+    python -m benchmarks conversion --write            and put the table into docs/conversion.md
 
 Writes random numbers in Meta's names and shapes as safetensors, tensor by tensor, and converts the file, to a folder
 (`convert.convert_to_folder`) and to a model in memory (`convert.load`), each in a process of its own. Needs twice the
@@ -200,10 +200,10 @@ def rows(size: str, place: Path | None) -> Iterator[str]:
 
 
 def main(size: str, write: bool, place: Path | None) -> None:
-    readme = Path("README.md")
+    readme = Path("docs/conversion.md")
     parts = readme.read_text().split(MARK)
     if write and len(parts) != 3:
-        raise SystemExit(f"README.md has no two lines {MARK}, between which the table would go")
+        raise SystemExit(f"docs/conversion.md has no two lines {MARK}, between which the table would go")
     print(HEAD, end="")
     lines = []
     for line in rows(size, place):

@@ -1,7 +1,7 @@
-"""Measures parity with PyTorch for every family, library and size, and keeps the table in README.md.
+"""Measures parity with PyTorch for every family, library and size, and keeps the table in docs/parity.md.
 
     python -m benchmarks parity            print the table
-    python -m benchmarks parity --write    and put it into README.md
+    python -m benchmarks parity --write    and put it into docs/parity.md
 
 Random weights of the full width; S and B at full depth, L and g with fewer blocks. The last row is the real DINOv2-S
 on photographs. Takes a quarter of an hour on two cores.
@@ -64,6 +64,6 @@ def main(write: bool) -> None:
         print(line, flush=True)
         lines.append(line)
     if write:
-        readme = Path("README.md")
+        readme = Path("docs/parity.md")
         before, _, after = readme.read_text().split(MARK)
         readme.write_text(f"{before}{MARK}\n{HEAD}" + "\n".join(lines) + f"\n{MARK}{after}")

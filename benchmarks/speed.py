@@ -1,10 +1,10 @@
-"""Times jaxvit beside timm in PyTorch, in one run, and keeps the tables in README.md.
+"""Times jaxvit beside timm in PyTorch, in one run, and keeps the tables in docs/speed.md.
 
     python -m benchmarks                           the quick set, ten minutes on two cores
     python -m benchmarks speed --full              every model, size and batch
-    python -m benchmarks speed --full --keep NAME  keep it as benchmarks/results/NAME.json, and show it in README.md
+    python -m benchmarks speed --full --keep NAME  keep it as benchmarks/results/NAME.json, and show it in docs/speed.md
 
-README.md shows every file of benchmarks/results.
+docs/speed.md shows every file of benchmarks/results.
 
 Random DINOv2 models with 4 registers; both sides hold the same weights and read the same images, and their outputs are
 compared before anything is timed. PyTorch runs under inference_mode with fused attention wherever no weights are asked
@@ -455,9 +455,9 @@ def main(full: bool, keep: str | None, precision: str, seconds: float, out: Path
 
 
 def write_readme() -> None:
-    """Puts all results that are kept into README.md."""
+    """Puts all results that are kept into docs/speed.md."""
     texts = [text_of(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
-    readme = Path("README.md")
+    readme = Path("docs/speed.md")
     before, _, after = readme.read_text().split(MARK)
     readme.write_text(f"{before}{MARK}\n" + "\n\n".join(texts) + f"\n{MARK}{after}")
 

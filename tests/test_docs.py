@@ -1,5 +1,7 @@
 """The study in docs/ is what its page shows, gives what single runs give, and runs on the real model."""
 
+import builtins
+import dis
 import importlib.util
 import re
 from dataclasses import replace
@@ -31,7 +33,15 @@ def study():
 def test_the_page_shows_the_script():
     script = (DOCS / "which_registers.py").read_text().split("# study\n")[1]
     (shown,) = re.findall(r"```python\n(.*?)```", (DOCS / "which-registers.md").read_text(), re.DOTALL)
-    assert shown.strip() == script.strip()
+    imports, function = shown.split("\n\n\n", 1)
+    assert function.strip() == script.strip()
+    names = {}
+    exec(imports, names)  # which is all that the function needs
+    exec(function, names)
+    code = names["which_registers"].__code__
+    inner = [each for each in code.co_consts if hasattr(each, "co_code")]
+    used = {i.argval for each in (code, *inner) for i in dis.get_instructions(each) if i.opname == "LOAD_GLOBAL"}
+    assert used <= names.keys() | vars(builtins).keys()
     assert len([line for line in script.splitlines() if line.strip()]) < 20
     assert "(which-registers.png)" in (DOCS / "which-registers.md").read_text()
     with Image.open(DOCS / "which-registers.png") as picture:

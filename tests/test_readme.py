@@ -21,19 +21,24 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_examples(monkeypatch, capsys, tmp_path):
+PAGES = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+
+
+def run_examples(page, monkeypatch, tmp_path):
+    """What the Python blocks of a page define, run as they stand in an empty folder, but for what is fetched."""
     pytest.importorskip("onnx")
     data = ROOT / embedded.DATA
     embedded.model_file(data), embedded.photographs(data)
     (tmp_path / embedded.DATA).symlink_to(data)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    figures, save = {}, Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, path, **more: (figures.update({str(path): self}), save(self, path, **more))[1]
-    )
-    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(compile(code, "README.md", "exec"), names)
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(code, "page", "exec"), names)
+    return names
+
+
+def test_examples_of_the_readme(monkeypatch, capsys, tmp_path):
+    names = run_examples(README, monkeypatch, tmp_path)
     masses = eval(capsys.readouterr().out)
     assert list(masses) == ["cls", "patches"] and sum(masses.values()) == pytest.approx(1, abs=1e-5)
     assert names["saliency"].shape == (1, 224, 224, 3) and float(abs(names["saliency"]).max()) > 0
@@ -47,15 +52,40 @@ def test_examples(monkeypatch, capsys, tmp_path):
         expected = (without * clean.cls).sum(-1) / np.linalg.norm(without, axis=-1) / np.linalg.norm(clean.cls, axis=-1)
         np.testing.assert_allclose(effect.values[layer, head], expected, atol=1e-5)
     assert effect.values.max() <= 1 + 1e-5 and len(np.unique(effect.values)) == 72
+    np.testing.assert_allclose(names["again"].cls, clean.cls, rtol=0, atol=1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == [str(embedded.DATA)]  # no file is left
+
+
+def test_examples_of_interventions(monkeypatch, tmp_path):
+    figures, save = {}, Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, **more: (figures.update({str(path): self}), save(self, path, **more))[1]
+    )
+    names = run_examples(PAGES["interventions.md"], monkeypatch, tmp_path)
+    effect = names["effect"]
     (heat,) = figures["heads.png"].axes[0].images
     np.testing.assert_allclose(np.sort(heat.get_array(), axis=None), np.sort(effect.mean("image").values, axis=None))
     with Image.open(tmp_path / "heads.png") as picture:
         assert picture.format == "PNG"
 
 
+def test_no_page_has_examples_that_are_not_run():
+    assert {name for name, page in PAGES.items() if "```python" in page} == {"interventions.md", "which-registers.md"}
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
+
+
+def test_links_lead_somewhere():
+    for folder, page in [(ROOT, README), *((ROOT / "docs", page) for page in PAGES.values())]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page):
+            assert link.startswith("http") or (folder / link).exists(), link
+
+
 def test_every_public_name_is_listed():
     """On the page of names; and every name there exists."""
-    (page,) = re.findall(r"## All names.*?\n(.*?)\n## ", README, re.DOTALL)
+    page = PAGES["names.md"]
     listed = [word for name in re.findall(r"`(.*?)`", page) for word in [name.split("(")[0]]]
     plain = {name for name in listed if "." not in name}
     modules = {"decompose", "grids", "similarity"}
@@ -74,7 +104,8 @@ def test_every_public_name_is_listed():
 
 
 def test_every_site_is_described():
-    described = re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (`.*?) \| B ", README, re.MULTILINE)))
+    page = PAGES["interventions.md"]
+    described = re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (`.*?) \| B ", page, re.MULTILINE)))
     assert described == list(jaxvit.SITES)
 
 
@@ -86,7 +117,11 @@ def test_targets_exist(target):
     assert told.returncode == 0 and ".venv/bin/python -m " in told.stdout, told.stderr
 
 
-COMMANDS = re.findall(r"(?:^    |`)((?:jaxvit (?=[a-zA-Z])|python -m benchmarks)[^`\n]*)(?:`|$)", README, re.MULTILINE)
+COMMANDS = re.findall(
+    r"(?:^    |`)((?:jaxvit (?=[a-zA-Z])|python -m benchmarks)[^`\n]*)(?:`|$)",
+    "\n".join([README, *PAGES.values()]),
+    re.MULTILINE,
+)
 """As they are written, which words about them may follow, two spaces away."""
 
 
