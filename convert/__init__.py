@@ -106,8 +106,8 @@ def load_described(source: Any, **options: Unpack[Options]) -> tuple[jaxvit.ViT,
         if dtype_of(model) != dtype_of(loaded) or model.config != loaded.config:
             provenance = provenance.compared(checksum(model), dtype_of(model), model.config)
         return model, provenance
-    model, description = _load(source, dtype, resampling, options)
-    return model, Provenance(description).compared(checksum(model), dtype_of(model), model.config)
+    model, provenance = _load(source, dtype, resampling, options)
+    return model, provenance.compared(checksum(model), dtype_of(model), model.config)
 
 
 def changed(model: jaxvit.ViT, dtype: DTypeLike, resampling: Resampling | None) -> jaxvit.ViT:
@@ -121,20 +121,42 @@ def dtype_of(model: jaxvit.ViT) -> str:
 
 def _load(
     source: Any, dtype: DTypeLike, resampling: Resampling | None, options: Options
-) -> tuple[jaxvit.ViT, dict[str, Any]]:
+) -> tuple[jaxvit.ViT, Provenance]:
     check_dtype(dtype)
     opened = read(source, **reading(options))
     layout, tensors, config = recognise(opened)
-    config = replace(config, resampling=resampling or config.resampling)
+    config = with_resampling(opened, config, resampling)
     params = convert_tensors(layout, tensors, config, dtype, opened.ignored)
     # On a CPU they stay where they are; elsewhere they go one after the other.
     model = from_params(config, {name: jax.device_put(params.pop(name)) for name in list(params)})
-    return model, describe(opened, layout)
+    return model, Provenance(describe(opened, layout), assumptions=assumptions(opened, config))
 
 
 def describe(opened: Source, layout: Layout) -> dict[str, Any]:
     """What a provenance keeps of a source."""
     return opened.description | {"layout": layout.name, "versions": versions("jaxvit", "jax", "flax")}
+
+
+def with_resampling(opened: Source, config: jaxvit.ViTConfig, resampling: Resampling | None) -> jaxvit.ViTConfig:
+    """The config with the rule that is asked for; then it is no assumption of the source."""
+    if resampling is None:
+        return config
+    opened.assumed.pop("resampling", None)
+    return replace(config, resampling=resampling)
+
+
+def assumptions(opened: Source, config: jaxvit.ViTConfig) -> tuple[str, ...]:
+    """What was assumed, for a provenance: "heads 6 (width / 64)"."""
+    return tuple(f"{field} {in_words(getattr(config, field))} ({why})" for field, why in opened.assumed.items())
+
+
+def in_words(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    if isinstance(value, jaxvit.Preprocess):
+        mean, std = (" ".join(f"{x:.3g}" for x in numbers) for numbers in (value.mean, value.std))
+        return f"short side {value.resize}, crop {value.crop}, mean {mean}, std {std}"
+    return str(value)
 
 
 def convert(
@@ -168,9 +190,9 @@ def convert_to_folder(
     check_place(folder, overwrite)  # before anything is fetched or read
     opened = read(source, **reading(options))
     layout, tensors, config = recognise(opened)
-    config = replace(config, resampling=resampling or config.resampling)
+    config = with_resampling(opened, config, resampling)
     shapes = {name: (dtype, leaf.shape) for name, leaf in to_params(abstract(config)).items()}
-    provenance = Provenance(describe(opened, layout))
+    provenance = Provenance(describe(opened, layout), assumptions=assumptions(opened, config))
     with (
         saving(folder, config, provenance, overwrite=overwrite) as weights,
         writing(weights, shapes) as put,
@@ -217,10 +239,15 @@ def is_jaxvit_folder(source: Any) -> bool:
 
 
 def recognise(source: Source) -> tuple[Layout, Tensors, jaxvit.ViTConfig]:
-    """The layout of a source, its tensors under the layout's names, and its config."""
+    """The layout of a source, its tensors under the layout's names, and its config.
+
+    What had to be assumed is set as `source.assumed`.
+    """
     layout, tensors = locate(LAYOUTS, source.tensors, source.hints)
     try:
-        return layout, tensors, layout.config(tensors, source.hints)
+        config, assumed = layout.config(tensors, {**source.hints, "prefix": tensors.prefix})
+        source.assumed = {**assumed}
+        return layout, tensors, config
     except KeyError as error:
         raise ConversionError(f"not a complete {layout.name} checkpoint: {error.args[0]} is missing") from None
     except (ValueError, IndexError) as error:

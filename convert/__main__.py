@@ -12,7 +12,8 @@ from typing import Any, get_args
 import convert
 import jaxvit
 from convert.sources import Branch
-from jaxvit.io.checkpoint import read_content
+from jaxvit.io.checkpoint import PARITY, read_content
+from jaxvit.io.provenance import verdict
 from jaxvit.model.config import Resampling
 
 DESCRIPTION = """Converts a PyTorch checkpoint of a Vision Transformer to a jaxvit model.
@@ -155,7 +156,8 @@ def _verify(folder: str | Path, source: str, sizes: Sequence[tuple[int, ...]] | 
     comparisons = verify_folder(folder, source, wanted, progress=True, **known)
     print(table(comparisons))
     passed = all(comparison.passed for comparison in comparisons.values())
-    print(f"{'equal' if passed else 'NOT EQUAL'} within the limits; wrote {Path(folder) / 'parity.json'}")
+    parity = json.loads((Path(folder) / PARITY).read_text(encoding="utf-8"))
+    print(f"{verdict(parity)}; wrote {Path(folder) / PARITY}")
     print(jaxvit.describe(folder))
     return 0 if passed else 1
 

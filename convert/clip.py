@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from convert.engine import ConversionError, Layout, Rule, Tensors, joined_linear, linear, norm, patch_conv
-from convert.meta import count_blocks, decide, grid_of, shape_of, square, token_rules
+from convert.engine import ConversionError, Decided, Layout, Rule, Tensors, joined_linear, linear, norm, patch_conv
+from convert.meta import count_blocks, decide, grid_of, shape_of, square, token_rules, with_heads
 from jaxvit import Preprocess, ViTConfig
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -21,10 +21,10 @@ NUMBERS = ("input_resolution", "context_length", "vocab_size")
 """What OpenAI's archives hold beside their tensors."""
 
 
-def decided(found: dict[str, Any], hints: Mapping[str, Any], **more: Any) -> ViTConfig:
+def decided(found: dict[str, Any], hints: Mapping[str, Any], own: bool = False) -> Decided:
+    """The config; `own` is whether it is OpenAI's for sure."""
     side = found["grid"][0] * found["patch"]
     told = dict(
-        heads=found["width"] // 64,
         layer_scale=False,
         patch_bias=False,
         pre_norm=True,
@@ -32,7 +32,9 @@ def decided(found: dict[str, Any], hints: Mapping[str, Any], **more: Any) -> ViT
         resampling="bicubic",
         preprocess=Preprocess(side, side, MEAN, STD),
     )
-    if "mlp" not in told | more | dict(hints):
+    if own:
+        told["mlp"] = "quick_gelu"
+    elif "mlp" not in hints:
         raise ConversionError(
             "the tensors of this CLIP do not tell its activation: say config={'mlp': 'quick_gelu'} "
             "(--set mlp=quick_gelu) if it is OpenAI's or one trained like it, or 'gelu' if not"
@@ -42,7 +44,11 @@ def decided(found: dict[str, Any], hints: Mapping[str, Any], **more: Any) -> ViT
             f"the tensors of this CLIP of width {found['width']} do not tell its number of heads: say "
             f"config={{'heads': 16}} (--set heads=16), or give the folder with its config"
         )
-    return decide(found, told | more, hints)
+    of_heads, assumed = with_heads(found, hints, ("CLIP",))
+    if not own:
+        some = "as OpenAI's; some of OpenCLIP's have others"
+        assumed |= {"eps": some, "pool": some, "preprocess": some}
+    return decide(found, told | of_heads, hints, assumed)
 
 
 # OpenAI and OpenCLIP --------------------------------------------------------------------------------------------------
@@ -50,7 +56,7 @@ def decided(found: dict[str, Any], hints: Mapping[str, Any], **more: Any) -> ViT
 BLOCK = "transformer.resblocks.{i}"
 
 
-def openai_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+def openai_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     width, _, *patch = shape_of(tensors, "conv1.weight", 4)
     found = dict(
         depth=count_blocks(tensors, BLOCK),
@@ -61,7 +67,7 @@ def openai_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
         projection=shape_of(tensors, "proj", 2)[1] if "proj" in tensors else 0,
     )
     own = all(f"{name} (outside visual.)" in tensors for name in NUMBERS)
-    return decided(found, hints, **({"mlp": "quick_gelu"} if own else {}))
+    return decided(found, hints, own)
 
 
 def openai_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
@@ -107,7 +113,7 @@ OPENAI = Layout(
 LAYER = "encoder.layers.{i}"
 
 
-def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     width, _, *patch = shape_of(tensors, "embeddings.patch_embedding.weight", 4)
     found = dict(
         depth=count_blocks(tensors, LAYER),

@@ -10,24 +10,24 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-from convert.engine import Layout, Tensors
+from convert.engine import Decided, Layout, Tensors
 from convert.meta import PLAIN, Names, read_config, shape_of, table
-from jaxvit import Preprocess, ViTConfig
+from jaxvit import Preprocess
 
 NAMES = Names(registers=(), scales=("gamma_1", "gamma_2"))
 
 
-def config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
-    width, *_, patch = shape_of(tensors, "patch_embed.proj.weight", 4)
+def config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
+    *_, patch = shape_of(tensors, "patch_embed.proj.weight", 4)
     side = isqrt(shape_of(tensors, "pos_embed", 3)[1]) * patch
     return read_config(
         tensors,
         hints,
         NAMES,
+        families=("DeiT III",),  # huge has heads of 80
         always={**PLAIN, "layer_scale": True},
         before=(0,),
         final_norm="tokens",
-        heads=16 if width == 1280 else width // 64,  # huge has heads of 80
         resampling="bicubic_antialias",
         preprocess=Preprocess().at(side) if side else Preprocess(),
     )

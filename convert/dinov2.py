@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from convert.engine import Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv, split_linear
+from convert.engine import Decided, Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv, split_linear
 from convert.meta import (
     PLAIN,
     Names,
@@ -23,6 +23,7 @@ from convert.meta import (
     square,
     table,
     token_rules,
+    with_heads,
 )
 from jaxvit import ViTConfig
 
@@ -32,13 +33,14 @@ HEAD = "a head that pretraining puts on top of the backbone"
 HUB_NAMES = Names(registers=("register_tokens",), gates=("w12",), out="w3")
 
 
-def hub_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+def hub_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     # Meta's code resamples positions with an offset of 0.1, but not in its models with registers.
     rule = "bicubic_antialias" if "register_tokens" in tensors else "bicubic_offset"
     return read_config(
         tensors,
         hints,
         HUB_NAMES,
+        families=("DINOv2",),
         always={**PLAIN, "layer_scale": True, "classes": 0},
         before=(1,),
         final_norm="tokens",
@@ -69,7 +71,7 @@ def transformers(
     ]
 
 
-def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     registers = "embeddings.register_tokens"
     width, _, *patch = shape_of(tensors, "embeddings.patch_embeddings.projection.weight", 4)
     count = shape_of(tensors, registers, 3)[1] if registers in tensors else 0
@@ -85,13 +87,13 @@ def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig
         grid=grid_of(tensors, "embeddings.position_embeddings", 3, (1,)),
         classes=classes,
     )
-    told = dict(
-        heads=width // 64,
+    told, assumed = with_heads(found, hints, ("DINOv2",))
+    told |= dict(
         mlp="swiglu" if gated else "gelu",
         resampling="bicubic_antialias" if count else "bicubic",
         pool="cls_mean" if classes else "cls",  # what transformers' classifier reads
     )
-    return decide(found, told, hints)
+    return decide(found, told, hints, assumed)
 
 
 # Layouts --------------------------------------------------------------------------------------------------------------

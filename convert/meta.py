@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.engine import ConversionError, Rule, Tensors, copy, linear, norm, patch_conv, split_linear
+from convert.engine import ConversionError, Decided, Rule, Tensors, copy, linear, norm, patch_conv, split_linear
+from convert.published import heads
 from jaxvit import ViTConfig
 
 MEASURED = {"depth", "width", "hidden", "cls", "registers", "patch", "grid", "positions", "layer_scale", "norm"} | {
@@ -146,14 +147,17 @@ def read_config(
     hints: Mapping[str, Any],
     names: Names,
     *,
+    families: Sequence[str],
+    alone: bool = True,
     always: Mapping[str, Any] | None = None,
     before: Sequence[int] | None = None,
     **family: Any,
-) -> ViTConfig:
+) -> Decided:
     """The config that shapes imply, with what they do not tell from `hints`, and else from `family`.
 
     Args:
       hints: fields of a config that a file beside the tensors gives, or a module.
+      families, alone: whose names the tensors have, for `convert.published.heads`.
       always: measured fields that are the same in the whole family. A tensor that is lacking then is missing, where it
         would otherwise make another model.
       before: how many of the tokens before the patches have positions; by default all, [CLS] alone, or none.
@@ -191,12 +195,39 @@ def read_config(
     found |= always or {}
     if found["positions"]:
         found["grid"] = grid_of(tensors, "pos_embed", 3, before or (int(cls), cls + registers, 0), hints.get("grid"))
-    told = dict(heads=width // 64, mlp="gelu", final_norm=final, pool=pool)
-    return decide(found, told | family, {**hints, **({"mlp": "swiglu"} if gated else {})})
+    told, assumed = with_heads(found, hints, families, alone)
+    told |= dict(mlp="gelu", final_norm=final, pool=pool)
+    return decide(found, told | family, {**hints, **({"mlp": "swiglu"} if gated else {})}, assumed)
 
 
-def decide(found: Mapping[str, Any], told: Mapping[str, Any], hints: Mapping[str, Any]) -> ViTConfig:
-    """The config of fields that were measured, fields assumed, and hints, which must not contradict the former."""
+def with_heads(
+    found: Mapping[str, Any], hints: Mapping[str, Any], families: Sequence[str], alone: bool = True
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The number of heads as a field that was told, unless `hints` give it, and what about it is an assumption."""
+    if "heads" in hints:
+        return {}, {}
+    wrapped = not OWN_PREFIX.fullmatch(hints.get("prefix", ""))
+    own = () if wrapped and not alone else families
+    count, why = heads(found["width"], found["depth"], own, alone and not wrapped)
+    return {"heads": count}, {"heads": why} if why else {}
+
+
+OWN_PREFIX = re.compile(
+    r"((module|model|_orig_mod|teacher|student|backbone|teacher_backbone|student_backbone|encoder|visual|vision_model|"
+    r"dinov2|dinov2_with_registers|clip|vision_tower|trunk|model_ema|ema)\.)*"
+)
+"""Wrappers in which families publish their models. Other wrappers may hold another family of the same names."""
+
+
+def decide(
+    found: Mapping[str, Any],
+    told: Mapping[str, Any],
+    hints: Mapping[str, Any],
+    assumed: Mapping[str, str] | None = None,
+) -> Decided:
+    """The config of fields that were measured, fields told by the family, and hints, which must not contradict the
+    former; `assumed` are those of the told fields that are assumptions, and why.
+    """
     known = {field.name for field in fields(ViTConfig)}
     differ = [
         f"{name} {value}, not {hints[name]}"
@@ -212,7 +243,7 @@ def decide(found: Mapping[str, Any], told: Mapping[str, Any], hints: Mapping[str
     if c.width * (matrices + vectors) > LARGEST:  # sizes of two tensors, each small, may multiply to anything
         sizes = ", ".join(f"{name} {getattr(c, name)}" for name in ("depth", "width", "hidden", "registers", "grid"))
         raise ConversionError(f"the checkpoint's sizes ({sizes}) make a model of over {LARGEST:,} parameters")
-    return config
+    return Decided(config).assuming(assumed or {}, hints)
 
 
 LARGEST = 2**36

@@ -32,7 +32,7 @@ from timm.models.eva import checkpoint_filter_fn as dinov3_filter_fn
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3_vit
 
-from convert import Reading, is_jaxvit_folder, read, recognise, versions
+from convert import Reading, assumptions, is_jaxvit_folder, read, recognise, versions
 from convert.engine import ConversionError, Layout, Tensors
 from jaxvit import ViTConfig
 from jaxvit.model.config import Resampling
@@ -58,6 +58,7 @@ class Original:
       config: what jaxvit reads off it.
       resampling: a rule to put in place of the library's own; None leaves the library alone.
       checksums: file -> sha256, of the files it was read from.
+      assumed: what nothing told, so that it was built on the assumptions that jaxvit makes too.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Original:
     config: ViTConfig
     resampling: Resampling | None = None
     checksums: Mapping[str, str] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
 
     def run(self, images: np.ndarray, dtype: torch.dtype) -> Iterator[Values]:
         """What the library computes for images [B, H, W, 3]: the values of each layer, and then those after the last:
@@ -129,7 +131,11 @@ def original_of(source: Any, resampling: Resampling | None = None, **known: Unpa
     # timm's model resamples positions in its own way; the authors' code, which it stands in for, may have another.
     own = None if layout.name in LIBRARIES_OWN else config.resampling
     rule = overriding(resampling, config) or own
-    return Original(_name(module), module, config, rule, opened.description.get("sha256", {}))
+    opened.assumed.pop("preprocess", None)  # no number that is compared depends on it
+    if overriding(resampling, config) is not None:
+        opened.assumed.pop("resampling", None)
+    checksums = opened.description.get("sha256", {})
+    return Original(_name(module), module, config, rule, checksums, assumptions(opened, config))
 
 
 def overriding(resampling: Resampling | None, config: ViTConfig) -> Resampling | None:

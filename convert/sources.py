@@ -49,12 +49,14 @@ class Source:
       description: where they come from; `sha256` maps each file to its checksum.
       hints: what a config file or a live module says that shapes do not: heads, eps, preprocess.
       ignored: name patterns that only this kind of source has -> why they are not used.
+      assumed: once its layout is recognised, fields of the config that nothing tells -> why they have their value.
     """
 
     tensors: Tensors
     description: dict[str, Any]
     hints: dict[str, Any] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
+    assumed: dict[str, str] = field(default_factory=dict)
 
 
 Branch = Literal["teacher", "student"]

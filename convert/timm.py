@@ -7,15 +7,13 @@ A bare file is taken where only one published family fits, and else asks for the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from convert.engine import ConversionError, Layout, Tensors
-from convert.meta import Names, read_config, shape_of, table
-from jaxvit import Preprocess, ViTConfig
+from convert.engine import ConversionError, Decided, Layout, Tensors
+from convert.meta import Names, read_config, table
+from convert.published import architectures, kinds
+from jaxvit import Preprocess
 
 PACKED, SPLIT = Names(), Names(gates=("fc1_g", "fc1_x"))
 """A SwiGLU whose gate and value are one matrix, and one of two."""
@@ -25,27 +23,43 @@ def names_of(tensors: Tensors) -> Names:
     return SPLIT if "blocks.0.mlp.fc1_g.weight" in tensors else PACKED
 
 
-def config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
-    if "heads" not in hints and (unclear := not_told(tensors)):
+def config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
+    if unclear := [words for words, fields in not_told(tensors).items() if not hints.keys() >= set(fields)]:
+        fields = dict.fromkeys(f for words in unclear for f in not_told(tensors)[words] if f not in hints)
         raise ConversionError(
-            f"names and shapes of this timm checkpoint do not tell {unclear}: say which architecture it is, "
-            f"such as architecture='vit_base_patch16_clip_224' or --architecture vit_base_patch16_clip_224"
+            f"names and shapes of this timm checkpoint do not tell {' and '.join(unclear)}: say which architecture it "
+            f"is, such as architecture='vit_base_patch16_clip_224' or --architecture vit_base_patch16_clip_224, or say "
+            f"{', '.join(fields)} (--set {next(iter(fields))}=..)"
         )
     # timm gives the embedding of patches a bias just where no norm follows it, and every classifier one.
     always = {"patch_bias": "norm_pre.weight" not in tensors}
-    return read_config(tensors, hints, names_of(tensors), always=always, resampling="bicubic_antialias")
+    found = read_config(
+        tensors,
+        hints,
+        names_of(tensors),
+        families=("timm",),
+        alone=False,
+        always=always,
+        resampling="bicubic_antialias",
+    )
+    c = found.config
+    custom = (c.width, c.depth) not in {kind[1:3] for kind in kinds()}
+    guessed = ("mlp", "eps", "final_norm", "pool") if custom else ()
+    assumed: dict[str, str] = dict.fromkeys(guessed, "as most of timm's models have it")
+    assumed["preprocess"] = "timm's models differ in it, and the file does not tell"
+    return found.assuming({**assumed, **found.assumed}, hints)
 
 
-def not_told(tensors: Tensors) -> str:
-    """What cannot be known of a checkpoint without its architecture; nothing where one family fits alone."""
+def not_told(tensors: Tensors) -> dict[str, tuple[str, ...]]:
+    """What cannot be known of a checkpoint without its architecture -> the fields of the config that it stands for."""
+    unclear: dict[str, tuple[str, ...]] = {}
     if "norm_pre.weight" in tensors:
-        return "its activation (CLIP's, or the exact GELU)"
+        unclear["its activation (CLIP's, or the exact GELU)"] = ("mlp", "eps")
     if "cls_token" not in tensors:
-        return "its activation and pooling"
-    if "blocks.0.norm1.bias" not in tensors or "blocks.0.attn.norm.weight" in tensors or "norm.weight" not in tensors:
-        return "its pooling and epsilon"
-    width = shape_of(tensors, "patch_embed.proj.weight", 4)[0]
-    return f"the number of heads of width {width}" if width in (1152, 1280, 1408, 1664) else ""
+        unclear["its activation and pooling"] = ("heads", "mlp", "eps", "pool")
+    elif "blocks.0.norm1.bias" not in tensors or "blocks.0.attn.norm.weight" in tensors or "norm.weight" not in tensors:
+        unclear["its pooling and epsilon"] = ("pool", "eps")
+    return unclear
 
 
 def is_timm(tensors: Tensors, hints: Mapping[str, Any]) -> bool:
@@ -71,12 +85,6 @@ FACTS = ("heads", "mlp", "eps", "final_norm", "pool", "pool_prefix")
 """Fields of a config that an architecture decides, and tensors do not show."""
 
 
-@cache
-def architectures() -> dict[str, dict[str, Any]]:
-    """Name -> its `FACTS` and preparation, or {"refused": why}; written by `python -m benchmarks architectures`."""
-    return json.loads((Path(__file__).with_name("architectures.json")).read_text())
-
-
 def architecture_hints(name: str) -> dict[str, Any]:
     """What is known of a timm architecture; "vit_base_patch16_224.augreg_in1k" is one with a tag.
 
@@ -90,7 +98,8 @@ def architecture_hints(name: str) -> dict[str, Any]:
         raise ConversionError(f"{name} cannot be converted: {known['refused']}")
     resize, crop, mean, std = known["preprocess"]
     preprocess = Preprocess(resize, crop, tuple(mean), tuple(std))
-    return {"library": "timm", "architecture": name, **known, "preprocess": preprocess}
+    facts = {field: known[field] for field in FACTS}
+    return {"library": "timm", "architecture": name, **facts, "preprocess": preprocess}
 
 
 POOLS = {"token": "cls", "avg": "mean", "map": "attention"}

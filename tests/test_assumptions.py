@@ -1,0 +1,147 @@
+"""What a file does not tell is asked for, refused, or an assumption that is kept with the result: not a guess."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+timm = pytest.importorskip("timm")
+pytest.importorskip("transformers")
+
+from layouts import hub_state, numbers, tiny, write_safetensors
+
+import convert
+import jaxvit
+from benchmarks.originals import randomise
+from convert import ConversionError, catalogue
+from convert.__main__ import main
+from convert.originals import build_timm, original_of
+from convert.published import kinds
+from convert.verify import Size, compare, random_images
+from jaxvit import ViTConfig
+
+SMALL = dict(depth=12, width=384, heads=12, hidden=32, patch=16, grid=(2, 2), layer_scale=False)
+"""As wide and deep as DINO's S, which has 6 heads, and MoCo v3's, which has 12; with a narrow MLP."""
+
+
+def module_of(**changes):
+    return randomise(build_timm(ViTConfig(**{**SMALL, **changes}), positioned=True))
+
+
+def state_of(prefix="", **changes):
+    return {prefix + name: tensor.numpy().copy() for name, tensor in module_of(**changes).state_dict().items()}
+
+
+def assumed(source, **known):
+    """Field -> all of what is said about it."""
+    _, provenance = convert.load_described(source, **known)
+    return {line.split(" ")[0]: line for line in provenance.assumptions}
+
+
+def asks(source, *words, **known):
+    with pytest.raises(ConversionError) as raised:
+        convert.load(source, **known)
+    assert [word for word in words if word not in str(raised.value)] == [], raised.value
+
+
+# Heads ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapper", ["module.base_encoder.", "module.momentum_encoder."])
+def test_a_moco_is_asked_for_its_heads(wrapper):
+    module = module_of()
+    state = {wrapper + name: tensor for name, tensor in module.state_dict().items()}
+    asks(state, "number of heads", "12 in MoCo v3", "--set heads=12")
+    model = convert.load(state, config={"heads": 12})
+    images = random_images(model, Size(32, 32), tokens=20)
+    assert compare(model, original_of(module), images, defaults=False).worst64() <= 1e-10
+
+
+def test_the_same_shapes_under_bare_names_are_an_assumption():
+    found = assumed(state_of())
+    assert found["heads"].startswith("heads 6 (width / 64, as in DINO") and "12 in MoCo v3" in found["heads"]
+    assert "heads" not in assumed(state_of(), config={"heads": 12})
+    # With a classifier, the names are timm's.
+    assert assumed(state_of(classes=2))["heads"].startswith("heads 6 (width / 64, as in timm; there are 12 in MoCo")
+
+
+def test_a_width_of_several_numbers_of_heads_is_asked_for():
+    wide = dict(width=1280, heads=16, depth=2, hidden=8)
+    asks(state_of(**wide), "width 1280", "20 in DINOv3", "16 in ", "--set heads=")
+    assert convert.load(state_of(**wide), config={"heads": 16}).config.heads == 16
+    asks(state_of(width=96, heads=2, depth=1), "width 96")
+
+
+def test_what_a_family_published_once_is_known():
+    """Beside a student, the names are DINO's; with a mask token, DINOv2's."""
+    assert not {"heads", "resampling", "preprocess"} & set(assumed(state_of("teacher.backbone.", heads=6)))
+    for each in catalogue.known():
+        c = each.config
+        same = {kind[3] for kind in kinds() if kind[:3] == (each.family, c.width, c.depth)}
+        assert same == {c.heads}, each
+
+
+def test_sizes_that_nobody_published_are_an_assumption(tmp_path):
+    """In memory, in the folder, in what is printed, and in its certificate; not if it is told."""
+    config = tiny(depth=1)
+    source = write_safetensors(tmp_path / "some.safetensors", hub_state(config, numbers(config)))
+    line = "heads 1 (width / 64)"
+    assert assumed(source)["heads"] == line
+    assert convert.load(source).config == convert.convert(source, tmp_path / "a").config
+    _, provenance = convert.load_described(source)
+    assert jaxvit.describe(tmp_path / "a") == provenance and line in provenance.assumptions
+    assert f"assumed: {line}" in str(provenance).splitlines()
+    assert line in json.loads((tmp_path / "a" / "config.json").read_text())["provenance"]["assumptions"]
+    convert.convert(source, tmp_path / "b", config={"heads": 1})
+    assert "heads" not in str(jaxvit.describe(tmp_path / "b").assumptions)
+
+
+def test_a_verification_names_the_assumptions_that_it_shares(tmp_path, capsys):
+    config = tiny(depth=1)
+    source = write_safetensors(tmp_path / "some.safetensors", hub_state(config, numbers(config)))
+    convert.convert(source, tmp_path / "a")
+    said = "equal within the limits, if the assumptions hold: heads 1 (width / 64)"
+    assert main(["verify", str(tmp_path / "a"), str(source), "--sizes", "14x28"]) == 0
+    assert said in capsys.readouterr().out
+    assert json.loads((tmp_path / "a" / "parity.json").read_text())["assumptions"] == ["heads 1 (width / 64)"]
+    assert main(["show", str(tmp_path / "a")]) == 0
+    assert f"parity: {said}" in capsys.readouterr().out
+    # An original whose heads are told shares none.
+    assert original_of(source, config={"heads": 1}).assumed == ()
+    assert original_of(module_of(depth=1)).assumed == ()
+
+
+# Other fields ---------------------------------------------------------------------------------------------------------
+
+
+def test_dino_s_rule_of_positions_is_an_assumption_where_others_have_its_names():
+    """MAE's files and timm's without a classifier have the same names."""
+    state = state_of(heads=6)
+    found = assumed(state)
+    assert found["resampling"].startswith("resampling bicubic_offset") and "bicubic_antialias" in found["resampling"]
+    assert "preprocess" in found
+    assert "resampling" not in assumed(state, resampling="bicubic")
+    told = assumed(state, architecture="vit_small_patch16_224")
+    assert not {"resampling", "preprocess", "heads"} & set(told)
+
+
+def test_one_field_does_not_answer_for_another():
+    """The number of heads of a CLIP in timm's names does not tell its activation."""
+    state = state_of(pre_norm=True, patch_bias=False, width=64, heads=1, depth=1)
+    asks(state, "activation", "--set mlp=", config={"heads": 1})
+    config = {"heads": 1, "mlp": "quick_gelu", "eps": 1e-5}
+    assert convert.load(state, config=config).config.mlp == "quick_gelu"
+
+
+def test_a_timm_model_of_its_own_size_assumes_what_architectures_decide():
+    found = assumed(state_of(width=128, heads=2, depth=1, classes=3))
+    assert {"heads", "mlp", "eps", "pool", "preprocess"} <= set(found)
+    assert np.all([field in found[field] for field in found])
+
+
+def test_a_live_module_leaves_nothing_to_assume():
+    model, provenance = convert.load_described(module_of(depth=1))
+    assert provenance.assumptions == () and model.config.heads == 12
+    assert replace(model.config, heads=6) != model.config
