@@ -41,7 +41,8 @@ class Reading(TypedDict, total=False):
     Keys:
       revision: commit, branch or tag, for a hub id.
       architecture: timm's name of the model, such as "vit_base_patch16_clip_224", for a bare file in timm's layout.
-      branch: "teacher" or "student", of a training checkpoint that holds both; by default the teacher.
+      branch: of a training checkpoint that holds several: "teacher", "student", "ema" (the moving average of weights)
+        or "raw" (the weights that were optimised); by default the first of teacher, ema and raw that it holds.
       config: fields of the config that neither tensors nor files beside them tell, such as {"mlp": "quick_gelu"}.
     """
 

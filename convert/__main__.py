@@ -98,7 +98,9 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "--architecture", metavar="NAME", help="timm's name of the model, for a bare file in timm's layout"
     )
     parser.add_argument(
-        "--branch", choices=get_args(Branch), help="of a training checkpoint with both (default: teacher)"
+        "--branch",
+        choices=get_args(Branch),
+        help="which weights of a training checkpoint with several (default: the first of teacher, ema, raw)",
     )
     parser.add_argument(
         "--set",

@@ -59,8 +59,9 @@ class Source:
     assumed: dict[str, str] = field(default_factory=dict)
 
 
-Branch = Literal["teacher", "student"]
-"""Which of the two networks of a self-distillation to take from its checkpoint."""
+Branch = Literal["teacher", "student", "ema", "raw"]
+"""Which weights of a training checkpoint to take: of self-distillation the teacher's or the student's; the moving
+average of weights, or the weights that were optimised."""
 
 
 def open_source(
@@ -71,7 +72,7 @@ def open_source(
     Args:
       revision: of a hub id.
       architecture: timm's name of the model, for tensors that do not tell.
-      branch: of a training checkpoint; by default the teacher, where there is one.
+      branch: of a training checkpoint; by default the teacher, else the moving average, else the weights themselves.
 
     Raises:
       ConversionError: nothing of the kind, or it cannot be read.
@@ -98,7 +99,8 @@ def _open(source: Any, revision: str | None, branch: Branch | None) -> Source:
             raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from error
         raise ConversionError(f"{source} is neither a file, nor a folder, nor a hub id such as facebook/dinov2-small")
     if isinstance(source, Mapping):
-        return Source(_arrays(_state_dict(source, branch)), {"kind": "state dict"})
+        state, taken = _state_dict(source, branch)
+        return _taken(Source(_arrays(state), {"kind": "state dict"}), taken)
     if callable(getattr(source, "state_dict", None)):
         return _module(source)
     raise ConversionError(
@@ -126,16 +128,28 @@ def _file(path: Path, branch: Branch | None) -> Source:
     if path.suffix == ".onnx":
         ignored = {"decoder.*": "what the export puts behind the backbone"}
         return Source(read_onnx(path), description, ignored=ignored)
-    return Source(_read(path, branch), description)
+    tensors, taken = _read(path, branch)
+    return _taken(Source(tensors, description), taken)
 
 
-def _read(path: Path, branch: Branch | None = None) -> Tensors:
+def _taken(source: Source, taken: str) -> Source:
+    """The source, which says which weights of its checkpoint were taken."""
+    if taken:
+        source.description["branch"] = taken
+        source.hints["branch"] = taken.partition(",")[0]
+    return source
+
+
+def _read(path: Path, branch: Branch | None = None) -> tuple[Tensors, str]:
+    """The tensors of a file, and which of the weights it holds they are, as `_state_dict` says it."""
     if path.suffix == ".safetensors":
         try:
             file = SafetensorsFile(path)
         except CheckpointError as error:
             raise ConversionError(str(error)) from error
-        return file if branch is None else Renamed(file, {name: name for name in of_branch(file, branch)})
+        if branch is None:
+            return file, ""
+        return Renamed(file, {name: name for name in of_branch(file, branch)}), branch
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         return _read_pickle(path, branch)
     if path.suffix == ".json":
@@ -143,7 +157,7 @@ def _read(path: Path, branch: Branch | None = None) -> Tensors:
     raise ConversionError(f"{path} is of no known kind: expected .safetensors, .pth, .pt, .bin, .ckpt or .onnx")
 
 
-def _read_pickle(path: Path, branch: Branch | None) -> Tensors:
+def _read_pickle(path: Path, branch: Branch | None) -> tuple[Tensors, str]:
     try:
         import torch
     except ImportError:
@@ -153,7 +167,7 @@ def _read_pickle(path: Path, branch: Branch | None) -> Tensors:
     with open(path, "rb") as f:
         zipped = f.read(4) == b"PK\x03\x04"  # since PyTorch 1.6; older files cannot be mapped into memory
     if zipped and _is_torchscript(path):
-        return _read_torchscript(path)
+        return _read_torchscript(path), ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters of what torch warns of, it then raises
@@ -169,7 +183,8 @@ def _read_pickle(path: Path, branch: Branch | None) -> Tensors:
         raise ConversionError(f"{path} is not a complete PyTorch file: {reason}") from error
     if not isinstance(content, Mapping):
         raise ConversionError(f"{path} holds a {type(content).__name__}, expected a state dict")
-    return _arrays(_bounded(path, _state_dict(content, branch)))
+    state, taken = _state_dict(content, branch)
+    return _arrays(_bounded(path, state)), taken
 
 
 INFLATED = 2**26
@@ -227,12 +242,36 @@ def _first_sentence(message: str) -> str:
     return re.split(r"\.\s|\n", message)[0]
 
 
-def _state_dict(content: Mapping[Any, Any], branch: Branch | None) -> Mapping[Any, Any]:
-    """Training checkpoints keep the state dict one level down, among optimiser states and counters."""
-    for name in (branch or "teacher", "model_ema", "state_dict", "model"):
-        if isinstance(content.get(name), Mapping):
-            return content[name]
-    return content if branch is None else {name: content[name] for name in of_branch(content, branch)}
+NETWORKS: dict[str, tuple[str, ...]] = {
+    "teacher": ("teacher",),
+    "ema": ("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
+    "raw": ("state_dict", "model"),
+    "student": ("student",),
+}
+"""Branch -> where training checkpoints keep its state dict, among optimiser states and counters."""
+
+
+def _state_dict(content: Mapping[Any, Any], branch: Branch | None) -> tuple[Mapping[Any, Any], str]:
+    """The state dict of a training checkpoint, and where it was; nothing if `content` is a state dict itself.
+
+    The rule: of a self-distillation the teacher, else the moving average of weights, as timm does, else the weights
+    that were optimised. `branch` asks for one of them.
+    """
+    held = {
+        each: name
+        for each, names in NETWORKS.items()
+        for name in reversed(names)
+        if isinstance(content.get(name), Mapping)
+    }
+    wanted = [branch] if branch else ["teacher", "ema", "raw"]
+    for each in wanted:
+        if each in held:
+            others = ", ".join(name for other, name in held.items() if other != each)
+            return content[held[each]], f"{each}, from {held[each]}" + (f"; {others} not taken" if others else "")
+    if branch is None:
+        return content, ""
+    inner = content[held["raw"]] if "raw" in held else content
+    return {name: inner[name] for name in of_branch(inner, branch)}, branch
 
 
 def of_branch(names: Iterable[Any], branch: Branch) -> list[str]:
@@ -301,10 +340,9 @@ def _folder(folder: Path, branch: Branch | None = None) -> Source:
     if told := {file.name: _checked(file) for file in configs if file.is_file()}:
         description["config sha256"] = told
     parts = [_read(file, branch) for file in files]
-    tensors = parts[0] if len(parts) == 1 else _Joined(parts)
-    if open_clip:
-        return Source(tensors, description, open_clip_hints(folder / OPEN_CLIP_CONFIG), dict(OPENAI.ignored))
-    return Source(tensors, description, _config_hints(folder))
+    tensors = parts[0][0] if len(parts) == 1 else _Joined([part for part, _ in parts])
+    hints = open_clip_hints(folder / OPEN_CLIP_CONFIG) if open_clip else _config_hints(folder)
+    return _taken(Source(tensors, description, hints, dict(OPENAI.ignored) if open_clip else {}), parts[0][1])
 
 
 def _checked(file: Path) -> str:

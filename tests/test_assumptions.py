@@ -83,6 +83,11 @@ def test_what_a_family_published_once_is_known():
         assert same == {c.heads}, each
 
 
+def test_a_teacher_that_was_nested_is_one():
+    found = assumed({"teacher": state_of("backbone.", heads=6), "student": {}})
+    assert not {"heads", "resampling", "preprocess"} & set(found)
+
+
 def test_sizes_that_nobody_published_are_an_assumption(tmp_path):
     """In memory, in the folder, in what is printed, and in its certificate; not if it is told."""
     config = tiny(depth=1)
@@ -145,3 +150,42 @@ def test_a_live_module_leaves_nothing_to_assume():
     model, provenance = convert.load_described(module_of(depth=1))
     assert provenance.assumptions == () and model.config.heads == 12
     assert replace(model.config, heads=6) != model.config
+
+
+# Training checkpoints -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ema", ["state_dict_ema", "model_ema"])
+@pytest.mark.parametrize("raw", ["state_dict", "model"])
+def test_the_moving_average_is_taken_as_timm_takes_it(tmp_path, ema, raw):
+    from timm.models import load_state_dict
+
+    config = tiny(depth=1)
+    one, other = (hub_state(config, numbers(config, seed)) for seed in (0, 1))
+    content = {raw: {n: torch.tensor(a) for n, a in one.items()}, ema: {n: torch.tensor(a) for n, a in other.items()}}
+    path = tmp_path / "some.pth"
+    torch.save(content | {"epoch": 3}, path)
+    theirs = load_state_dict(str(path), weights_only=True)["norm.weight"].numpy()
+    for source in (path, content):
+        model, provenance = convert.load_described(source)
+        np.testing.assert_array_equal(model.norm.scale[...], theirs)
+        assert f"  branch: ema, from {ema}; {raw} not taken" in str(provenance).splitlines()
+        same, _ = convert.load_described(source, branch="ema")
+        np.testing.assert_array_equal(same.norm.scale[...], theirs)
+        kept, provenance = convert.load_described(source, branch="raw")
+        np.testing.assert_array_equal(kept.norm.scale[...], one["norm.weight"])
+        assert f"  branch: raw, from {raw}; {ema} not taken" in str(provenance).splitlines()
+    asks({raw: content[raw]}, "holds no ema", branch="ema")
+    convert.convert(path, tmp_path / "model")
+    assert jaxvit.describe(tmp_path / "model").source["branch"].startswith("ema")
+
+
+def test_a_branch_that_is_asked_for_is_not_passed_over():
+    """Neither one level down, nor where there is only something else."""
+    config = tiny(depth=1)
+    teacher, student = (hub_state(config, numbers(config, seed)) for seed in (0, 1))
+    both = {f"teacher.{n}": a for n, a in teacher.items()} | {f"student.{n}": a for n, a in student.items()}
+    for content in (both, {"model": both}):
+        model = convert.load(content, branch="student")
+        np.testing.assert_array_equal(model.norm.scale[...], student["norm.weight"])
+    asks({"model_ema": teacher}, "holds no student", branch="student")
