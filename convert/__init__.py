@@ -245,6 +245,12 @@ def recognise(source: Source) -> tuple[Layout, Tensors, jaxvit.ViTConfig]:
     What had to be assumed is set as `source.assumed`.
     """
     layout, tensors = locate(LAYOUTS, source.tensors, source.hints)
+    unknown = source.hints.get("model type")
+    if unknown is not None and not source.hints.keys() >= {"heads", "mlp", "eps"}:
+        raise ConversionError(
+            f"the config.json is of the model type {unknown}, whose defaults are not known here: say --set heads=.., "
+            f"--set mlp=.. and --set eps=.. (config={{'heads': .., 'mlp': .., 'eps': ..}}), or give the weights alone"
+        )
     try:
         config, assumed = layout.config(tensors, {**source.hints, "prefix": tensors.prefix})
         source.assumed = {**assumed}

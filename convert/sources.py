@@ -398,22 +398,44 @@ ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": 
 """transformers' names of activations, and the config's."""
 
 
+CLIP_DEFAULTS = {"hidden_act": "quick_gelu", "num_attention_heads": 12, "layer_norm_eps": 1e-5}
+DINOV2_DEFAULTS = {"hidden_act": "gelu", "num_attention_heads": 12, "layer_norm_eps": 1e-6, "use_swiglu_ffn": False}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("clip", "metaclip_2", "chinese_clip", "altclip", "clipseg"), CLIP_DEFAULTS),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), DINOV2_DEFAULTS),
+    "dinov3_vit": {"hidden_act": "gelu", "num_attention_heads": 6, "layer_norm_eps": 1e-5, "rope_theta": 100.0},
+}
+"""transformers' model types, without `_vision_model` -> their defaults: files may leave out values that equal them."""
+NAMES = {"heads": "num_attention_heads", "eps": "layer_norm_eps", "depth": "num_hidden_layers"}
+NAMES |= {"registers": "num_register_tokens", "rope_base": "rope_theta"}
+"""Fields of our config -> of transformers' configs."""
+
+
 def transformers_hints(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a transformers config says that shapes do not; empty for the config.json of another library."""
+    """What a transformers config says that shapes do not; empty for the config.json of another library.
+
+    A config around the config of an image encoder is looked into. Where the model type is not known, the hints hold it
+    as "model type", and what it leaves out cannot be known.
+    """
     if "model_type" not in config:
         return {}
     kind = str(config["model_type"])
-    if isinstance(config.get("vision_config"), Mapping):  # a CLIP of both sides
-        config = config["vision_config"]
-    act = config.get("hidden_act", "quick_gelu" if kind.startswith("clip") else "gelu")
+    for inner in ("vision_config", "backbone_config"):  # a CLIP of both sides; a head on a backbone
+        if isinstance(config.get(inner), Mapping):
+            own = {**config[inner], **(config.get(f"{inner}_dict") or {})}  # the second wins, as in transformers
+            kind, config = str(own.get("model_type", kind)), own
+            break
+    kind = kind.removesuffix("_vision_model")
+    if kind not in DEFAULTS:
+        return {"model type": kind}
+    config = {**DEFAULTS[kind], **config}
+    act = config["hidden_act"]
     if act not in ACTIVATIONS and not (act == "silu" and config.get("use_gated_mlp")):
         raise ConversionError(f"the config's activation is {act!r}; known: {', '.join(ACTIVATIONS)}")
     if kind.startswith("dinov2") and act != "gelu":
         raise ConversionError(f"the config's activation is {act!r}; DINOv2 has the exact GELU, 'gelu'")
-    names = {"heads": "num_attention_heads", "eps": "layer_norm_eps"}
-    names |= {"depth": "num_hidden_layers", "registers": "num_register_tokens"}
-    hints = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
-    if wrong := [names[name] for name, value in hints.items() if not isinstance(value, int | float)]:
+    hints = {ours: config[theirs] for ours, theirs in NAMES.items() if theirs in config}
+    if wrong := [NAMES[name] for name, value in hints.items() if not isinstance(value, int | float)]:
         raise ConversionError(f"the config's {', '.join(wrong)} should be numbers")
     gated = config.get("use_swiglu_ffn") or config.get("use_gated_mlp")
     return hints if gated else {**hints, "mlp": ACTIVATIONS[act]}

@@ -3,14 +3,15 @@
 import json
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
-from layouts import hub_state, numbers, tiny, write_safetensors
+from layouts import hub_state, numbers, tiny, transformers_state, write_safetensors
 
 import convert
 import jaxvit
@@ -19,6 +20,7 @@ from convert import ConversionError, catalogue
 from convert.__main__ import main
 from convert.originals import build_timm, original_of
 from convert.published import kinds
+from convert.sources import DEFAULTS
 from convert.verify import Size, compare, random_images
 from jaxvit import ViTConfig
 
@@ -189,3 +191,50 @@ def test_a_branch_that_is_asked_for_is_not_passed_over():
         model = convert.load(content, branch="student")
         np.testing.assert_array_equal(model.norm.scale[...], student["norm.weight"])
     asks({"model_ema": teacher}, "holds no student", branch="student")
+
+
+# Configs that leave out what equals their library's default -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "MetaClip2", "ChineseCLIP"])
+@pytest.mark.parametrize("left_out", [(), ("hidden_act",), ("hidden_act", "num_attention_heads", "layer_norm_eps")])
+def test_defaults_are_those_of_the_model_type(tmp_path, kind, left_out):
+    """12 heads of 8, where width / 64 would be 1; in a config of its own, and in one of both sides."""
+    sizes = dict(hidden_size=96, num_hidden_layers=1, intermediate_size=64, image_size=32, patch_size=16)
+    sizes |= dict(num_attention_heads=12, hidden_act="quick_gelu")
+    module = randomise(
+        getattr(transformers, f"{kind}VisionModel")(getattr(transformers, f"{kind}VisionConfig")(**sizes))
+    )
+    module.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    content = {name: value for name, value in json.loads(path.read_text()).items() if name not in left_out}
+    inner = {name: value for name, value in content.items() if name != "model_type"}
+    whole = {"model_type": content["model_type"].removesuffix("_vision_model"), "vision_config": inner}
+    for written in (content, whole):
+        path.write_text(json.dumps(written))
+        config = convert.load(tmp_path).config
+        assert (config.mlp, config.heads, config.eps) == ("quick_gelu", 12, 1e-5)
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3))
+    with jax.enable_x64(True):
+        ours = jaxvit.cast(convert.load(tmp_path), "float64")(jax.numpy.asarray(images)).tokens
+    fold = getattr(module, "vision_model", module).embeddings
+    with torch.inference_mode():
+        fold.class_embedding += fold.position_embedding.weight[0]
+        fold.position_embedding.weight[0] = 0
+        pixels = torch.tensor(images).permute(0, 3, 1, 2)
+        theirs = module.double()(pixels, interpolate_pos_encoding=True).last_hidden_state.numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_the_table_of_defaults_is_transformers_own():
+    for kind, values in DEFAULTS.items():
+        names = [name for name in (f"{kind}_vision_model", kind) if name in transformers.CONFIG_MAPPING]
+        own = transformers.CONFIG_MAPPING[names[0]]()
+        assert {name: getattr(own, name) for name in values} == values, kind
+
+
+def test_a_model_type_that_is_not_known_is_refused_by_name(tmp_path):
+    config = tiny(depth=1)
+    write_safetensors(tmp_path / "model.safetensors", transformers_state(config, numbers(config)))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "some_new_vit"}))
+    asks(tmp_path, "model type some_new_vit", "--set heads=")
