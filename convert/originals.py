@@ -34,6 +34,7 @@ from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3_vit
 
 from convert import Reading, assumptions, is_jaxvit_folder, read, recognise, versions
 from convert.engine import ConversionError, Layout, Tensors
+from convert.sources import unwrapped
 from jaxvit import ViTConfig
 from jaxvit.model.config import Resampling
 
@@ -116,6 +117,7 @@ def original_of(source: Any, resampling: Resampling | None = None, **known: Unpa
       ConversionError: the source cannot be read, or its library's model does not take its tensors.
     """
     if isinstance(source, torch.nn.Module):
+        source = unwrapped(source)
         _, _, config = recognise(read(source, **known))
         return Original(_name(source), source, config, overriding(resampling, config))
     if is_jaxvit_folder(source):

@@ -536,7 +536,22 @@ def _refusal(error: Exception, revision: str | None) -> str:
 # Live modules ---------------------------------------------------------------------------------------------------------
 
 
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Where torch.compile, DataParallel, FSDP and activation checkpointing keep the model that they wrap."""
+
+
+def unwrapped(module: Any) -> Any:
+    """The model within wrappers that change neither its weights nor what it computes."""
+    while True:
+        inner = (getattr(module, name, None) for name in WRAPPERS if name in getattr(module, "_modules", ()))
+        inside = next(inner, None)
+        if inside is None or len(module._modules) > 1:
+            return module
+        module = inside
+
+
 def _module(module: Any) -> Source:
+    module = unwrapped(module)
     kind = type(module)
     config = getattr(module, "config", None)
     hints = transformers_hints(config.to_dict()) if config is not None and hasattr(config, "to_dict") else {}

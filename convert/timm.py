@@ -111,8 +111,10 @@ def folder_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     changed = {name: value for name, value in (config.get("model_args") or {}).items() if name not in SHAPES}
     if changed:
         raise ConversionError(f"the config.json changes the architecture by {changed}, which is not known here")
-    if (pool := config.get("global_pool")) is not None and POOLS.get(pool) != hints["pool"]:
-        hints["pool"] = POOLS.get(pool, hints["pool"])
+    if pool := config.get("global_pool"):  # "" leaves tokens as they are
+        if pool not in POOLS:
+            raise ConversionError(f"the config.json asks for the pooling {pool!r}; known: {', '.join(POOLS)}")
+        hints["pool"] = hints["pool"] if hints["pool"] == "distilled" and pool == "token" else POOLS[pool]
     return hints | preprocess_hints(config.get("pretrained_cfg") or {})
 
 
@@ -207,6 +209,8 @@ def refusal(module: Any) -> str:
         return f"its MLP is a {type(block.mlp).__name__} with {block.mlp.act}"
     if module.global_pool not in POOLS:
         return f"its pooling is {module.global_pool!r}"
+    if module.global_pool == "avg" and module.pool_include_prefix and module.num_prefix_tokens:
+        return "its average pooling includes the tokens before the patches"
     if len({(type(b).__name__, b.attn.num_heads, b.norm1.eps, activation_of(b.mlp)) for b in module.blocks}) > 1:
         return "its blocks differ"
     norms = {type(norm).__name__ for norm in (block.norm1, block.norm2)}

@@ -1,7 +1,6 @@
 """What a file does not tell is asked for, refused, or an assumption that is kept with the result: not a guess."""
 
 import json
-from dataclasses import replace
 
 import jax
 import numpy as np
@@ -148,10 +147,12 @@ def test_a_timm_model_of_its_own_size_assumes_what_architectures_decide():
     assert np.all([field in found[field] for field in found])
 
 
-def test_a_live_module_leaves_nothing_to_assume():
+def test_a_live_module_tells_what_it_computes():
     model, provenance = convert.load_described(module_of(depth=1))
-    assert provenance.assumptions == () and model.config.heads == 12
-    assert replace(model.config, heads=6) != model.config
+    assert [line.split()[0] for line in provenance.assumptions] == [
+        "preprocess"
+    ]  # of timm's create_model not even that
+    assert model.config.heads == 12
 
 
 # Training checkpoints -------------------------------------------------------------------------------------------------
@@ -238,3 +239,41 @@ def test_a_model_type_that_is_not_known_is_refused_by_name(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", transformers_state(config, numbers(config)))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "some_new_vit"}))
     asks(tmp_path, "model type some_new_vit", "--set heads=")
+
+
+# Live modules ---------------------------------------------------------------------------------------------------------
+
+
+WRAP = {
+    "compile": lambda module: torch.compile(module, backend="eager"),
+    "DataParallel": torch.nn.DataParallel,
+    "both": lambda module: torch.nn.DataParallel(torch.compile(module, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAP)
+def test_a_wrapped_module_keeps_its_settings(wrap):
+    """Pooling, whether it reads the tokens before the patches, the number of heads, the grid."""
+    for pool in (dict(global_pool="avg"), dict(global_pool="map", pool_include_prefix=True)):
+        sizes = dict(img_size=(16, 64), patch_size=8, embed_dim=64, depth=1, num_heads=4, num_classes=3, fc_norm=False)
+        module = randomise(timm.models.vision_transformer.VisionTransformer(**sizes, **pool))
+        module.eval()
+        alone, wrapped = convert.load(module), convert.load(WRAP[wrap](module))
+        assert wrapped.config == alone.config and wrapped.config.heads == 4 and wrapped.config.grid == (2, 8)
+        assert wrapped.config.pool == {"avg": "mean", "map": "attention"}[pool["global_pool"]]
+        assert wrapped.config.pool_prefix == ("pool_include_prefix" in pool)
+        assert original_of(WRAP[wrap](module)).config == alone.config
+
+
+def test_an_average_with_the_tokens_before_the_patches_is_refused():
+    module = timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=64, depth=1, num_heads=4, global_pool="avg", pool_include_prefix=True
+    )
+    asks(module, "average pooling includes the tokens before the patches")
+
+
+def test_a_pooling_that_is_not_known_is_refused(tmp_path):
+    write_safetensors(tmp_path / "model.safetensors", state_of(width=64, heads=1, depth=1))
+    content = {"architecture": "vit_small_patch16_224", "global_pool": "avgmax"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    asks(tmp_path, "avgmax", "token, avg, map")
