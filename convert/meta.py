@@ -97,8 +97,9 @@ def token_rules(
 
     def join(*arrays: np.ndarray) -> list[np.ndarray]:
         # reshape, where indexing and broadcasting would make do with other shapes.
+        # In float64, so that the sum is rounded once, to the type of the model.
         tokens = [a.reshape(-1, config.width) for a in arrays[: len(before)]]
-        prefix = np.concatenate([np.zeros((0, config.width), np.float32), *tokens])
+        prefix = np.concatenate([np.zeros((0, config.width)), *tokens])
         results = [prefix]
         if config.positions:
             rows = arrays[-1].reshape(-1, config.width)

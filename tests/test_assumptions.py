@@ -277,3 +277,19 @@ def test_a_pooling_that_is_not_known_is_refused(tmp_path):
     content = {"architecture": "vit_small_patch16_224", "global_pool": "avgmax"}
     (tmp_path / "config.json").write_text(json.dumps(content))
     asks(tmp_path, "avgmax", "token, avg, map")
+
+
+# Sums -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_sums_are_rounded_once(dtype):
+    config = tiny(depth=1)
+    state = hub_state(config, numbers(config))
+    # Whose float32 sum is half way between two of bfloat16, and the exact sum above it.
+    state["cls_token"][:], state["pos_embed"][:, 0] = 1 + 2**-8, 2**-30
+    exact = state["cls_token"][0, 0].astype(np.float64) + state["pos_embed"][0, 0].astype(np.float64)
+    with jax.enable_x64(True):
+        ours = np.asarray(convert.load(state, dtype=dtype, config={"heads": 1}).cls[...])
+    assert exact[0] == 1 + 2**-8 + 2**-30
+    np.testing.assert_array_equal(ours, exact.astype(jax.numpy.dtype(dtype)))
