@@ -213,9 +213,21 @@ def read(source: Any, **known: Unpack[Reading]) -> Source:
     if fields := known.get("config"):
         if unknown := sorted(set(fields) - set(CONFIG_FIELDS)):
             raise ConversionError(f"a config has no {', '.join(unknown)}; it has {', '.join(CONFIG_FIELDS)}")
+        fields = {name: field_of(name, value) for name, value in fields.items()}
         opened.hints = {**opened.hints, **fields}
         opened.description["config given"] = dict(fields)
     return opened
+
+
+def field_of(name: str, value: Any) -> Any:
+    """A field of a config from what JSON or a command line can say: a grid as "2x8" or [2, 8]."""
+    if name != "grid":
+        return value
+    try:
+        rows, columns = value.split("x") if isinstance(value, str) else value
+        return int(rows), int(columns)
+    except (TypeError, ValueError):
+        raise ConversionError(f"grid is {value!r}; expected rows and columns of patches, such as 2x8") from None
 
 
 CONFIG_FIELDS = tuple(field.name for field in fields(jaxvit.ViTConfig))
@@ -253,7 +265,7 @@ def recognise(source: Source) -> tuple[Layout, Tensors, jaxvit.ViTConfig]:
         )
     try:
         config, assumed = layout.config(tensors, {**source.hints, "prefix": tensors.prefix})
-        source.assumed = {**assumed}
+        source.assumed = {**assumed, **source.hints.get("unsure", {})}
         return layout, tensors, config
     except KeyError as error:
         raise ConversionError(f"not a complete {layout.name} checkpoint: {error.args[0]} is missing") from None

@@ -107,7 +107,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="a field of the config that no file tells, such as mlp=quick_gelu or heads=16; may be repeated",
+        help="a field of the config that no file tells, such as mlp=quick_gelu, heads=16 or grid=2x8; may be repeated",
     )
 
 

@@ -21,8 +21,8 @@ NUMBERS = ("input_resolution", "context_length", "vocab_size")
 """What OpenAI's archives hold beside their tensors."""
 
 
-def decided(found: dict[str, Any], hints: Mapping[str, Any], own: bool = False) -> Decided:
-    """The config; `own` is whether it is OpenAI's for sure."""
+def decided(found: dict[str, Any], hints: Mapping[str, Any], of_grid: str = "", own: bool = False) -> Decided:
+    """The config; `of_grid` is why the grid is an assumption, `own` whether the model is OpenAI's for sure."""
     side = found["grid"][0] * found["patch"]
     told = dict(
         layer_scale=False,
@@ -45,6 +45,7 @@ def decided(found: dict[str, Any], hints: Mapping[str, Any], own: bool = False) 
             f"config={{'heads': 16}} (--set heads=16), or give the folder with its config"
         )
     of_heads, assumed = with_heads(found, hints, ("CLIP",))
+    assumed |= {"grid": of_grid} if of_grid else {}
     if not own:
         some = "as OpenAI's; some of OpenCLIP's have others"
         assumed |= {"eps": some, "pool": some, "preprocess": some}
@@ -58,16 +59,17 @@ BLOCK = "transformer.resblocks.{i}"
 
 def openai_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     width, _, *patch = shape_of(tensors, "conv1.weight", 4)
+    grid, why = grid_of(tensors, "positional_embedding", 2, (1,), square(*patch), hints, ("CLIP",))
     found = dict(
         depth=count_blocks(tensors, BLOCK),
         width=width,
         hidden=shape_of(tensors, f"{BLOCK.format(i=0)}.mlp.c_fc.weight", 2)[0],
         patch=square(*patch),
-        grid=grid_of(tensors, "positional_embedding", 2, (1,)),
+        grid=grid,
         projection=shape_of(tensors, "proj", 2)[1] if "proj" in tensors else 0,
     )
     own = all(f"{name} (outside visual.)" in tensors for name in NUMBERS)
-    return decided(found, hints, own)
+    return decided(found, hints, why, own)
 
 
 def openai_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
@@ -115,15 +117,17 @@ LAYER = "encoder.layers.{i}"
 
 def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     width, _, *patch = shape_of(tensors, "embeddings.patch_embedding.weight", 4)
+    positions = "embeddings.position_embedding.weight"
+    grid, why = grid_of(tensors, positions, 2, (1,), square(*patch), hints, ("CLIP",))
     found = dict(
         depth=count_blocks(tensors, LAYER),
         width=width,
         hidden=shape_of(tensors, f"{LAYER.format(i=0)}.mlp.fc1.weight", 2)[0],
         patch=square(*patch),
-        grid=grid_of(tensors, "embeddings.position_embedding.weight", 2, (1,)),
+        grid=grid,
         projection=shape_of(tensors, "visual_projection.weight", 2)[0] if "visual_projection.weight" in tensors else 0,
     )
-    return decided(found, hints)
+    return decided(found, hints, why)
 
 
 def transformers_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:

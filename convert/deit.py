@@ -35,8 +35,10 @@ def config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
 
 def is_deit3(tensors: Tensors, hints: Mapping[str, Any]) -> bool:
     """iBOT calls LayerScale the same, but has a position for [CLS]."""
-    shape = tensors["pos_embed"].shape
-    return len(shape) == 3 and isqrt(shape[1]) ** 2 == shape[1]
+    shape, grid = tensors["pos_embed"].shape, hints.get("grid")
+    if len(shape) != 3:
+        return False
+    return shape[1] == grid[0] * grid[1] if grid else isqrt(shape[1]) ** 2 == shape[1]
 
 
 LAYOUT = Layout(

@@ -78,16 +78,18 @@ def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     mlp = "encoder.layer.0.mlp"
     gated = [f"{mlp}.{out}.weight" for out in ("weights_out", "down_proj") if f"{mlp}.{out}.weight" in tensors]
     classes = shape_of(tensors, "classifier.weight", 2)[0] if "classifier.weight" in tensors else 0
+    grid, why = grid_of(tensors, "embeddings.position_embeddings", 3, (1,), square(*patch), hints, ("DINOv2",))
     found = dict(
         depth=count_blocks(tensors, "encoder.layer.{i}"),
         registers=count,
         width=width,
         hidden=shape_of(tensors, gated[0] if gated else f"{mlp}.fc2.weight", 2)[1],
         patch=square(*patch),
-        grid=grid_of(tensors, "embeddings.position_embeddings", 3, (1,)),
+        grid=grid,
         classes=classes,
     )
     told, assumed = with_heads(found, hints, ("DINOv2",))
+    assumed |= {"grid": why} if why else {}
     told |= dict(
         mlp="swiglu" if gated else "gelu",
         resampling="bicubic_antialias" if count else "bicubic",

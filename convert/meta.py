@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.catalogue import known
 from convert.engine import ConversionError, Decided, Rule, Tensors, copy, linear, norm, patch_conv, split_linear
 from convert.published import heads
 from jaxvit import ViTConfig
@@ -194,9 +195,11 @@ def read_config(
         classes=shape_of(tensors, "head.weight", 2)[0] if "head.weight" in tensors else 0,
     )
     found |= always or {}
-    if found["positions"]:
-        found["grid"] = grid_of(tensors, "pos_embed", 3, before or (int(cls), cls + registers, 0), hints.get("grid"))
     told, assumed = with_heads(found, hints, families, alone)
+    if found["positions"]:
+        counts = before or (int(cls), cls + registers, 0)
+        found["grid"], why = grid_of(tensors, "pos_embed", 3, counts, found["patch"], hints, families)
+        assumed |= {"grid": why} if why else {}
     told |= dict(mlp="gelu", final_norm=final, pool=pool)
     return decide(found, told | family, {**hints, **({"mlp": "swiglu"} if gated else {})}, assumed)
 
@@ -229,7 +232,7 @@ def decide(
     """The config of fields that were measured, fields told by the family, and hints, which must not contradict the
     former; `assumed` are those of the told fields that are assumptions, and why.
     """
-    known = {field.name for field in fields(ViTConfig)}
+    names = {field.name for field in fields(ViTConfig)}
     differ = [
         f"{name} {value}, not {hints[name]}"
         for name, value in found.items()
@@ -237,7 +240,7 @@ def decide(
     ]
     if differ:
         raise ConversionError(f"the checkpoint's tensors and its config disagree: {'; '.join(differ)}")
-    config = ViTConfig(**{**told, **{name: value for name, value in hints.items() if name in known}, **found})
+    config = ViTConfig(**{**told, **{name: value for name, value in hints.items() if name in names}, **found})
     c = config
     matrices = c.depth * (4 * c.width + 3 * c.hidden)
     vectors = c.grid[0] * c.grid[1] * c.positions + c.registers + c.classes + 3 * c.patch**2
@@ -252,21 +255,37 @@ LARGEST = 2**36
 
 
 def grid_of(
-    tensors: Tensors, name: str, axes: int, before: Sequence[int], hint: tuple[int, int] | None = None
-) -> tuple[int, int]:
-    """The grid of positions [.., rows, D], of which the first may be those of so many tokens before the patches.
+    tensors: Tensors,
+    name: str,
+    axes: int,
+    before: Sequence[int],
+    patch: int,
+    hints: Mapping[str, Any],
+    families: Sequence[str],
+) -> tuple[tuple[int, int], str]:
+    """The grid of positions [.., rows, D], of which the first may be those of so many tokens before the patches; and
+    why it is an assumption, nothing where it is known.
 
-    Where several counts leave a square (4 = 2 x 2, or 1 + 3), it is the first of them, unless a hint says otherwise.
+    It is known where `hints` give a `grid`, the pixels of an `image`, or a crop, that fit; and where the families have
+    published it. Else it is a square: where several counts leave one (4 = 2 x 2, or 1 + 3), the first of them.
     """
     rows = shape_of(tensors, name, axes)[-2]
     counts = [rows - count for count in dict.fromkeys(before) if rows > count]
-    if hint is not None and hint[0] * hint[1] in counts:
-        return hint
-    for count in counts:
-        if isqrt(count) ** 2 == count:
-            return isqrt(count), isqrt(count)
-    tokens = " or ".join(map(str, dict.fromkeys(before)))
-    raise ConversionError(f"{name} has {rows} rows: expected a square, and {tokens} more for tokens before the patches")
+    image, preprocess = hints.get("image"), hints.get("preprocess")
+    for hint in (hints.get("grid"), image and (image[0] // patch, image[1] // patch)):
+        if hint and hint[0] * hint[1] in counts:
+            return hint, ""
+    squares = [isqrt(count) for count in counts if isqrt(count) ** 2 == count]
+    if not squares:
+        tokens = " or ".join(map(str, dict.fromkeys(before)))
+        raise ConversionError(
+            f"{name} has {rows} rows: expected a square, and {tokens} more for tokens before the patches; of another "
+            f"grid, say the rows and columns, such as --set grid=2x8 (config={{'grid': (2, 8)}})"
+        )
+    side = squares[0]
+    published = {(c.config.patch, c.config.grid[0]) for c in known() if c.family in families}
+    fits = preprocess is not None and preprocess.crop == side * patch
+    return (side, side), "" if fits or (patch, side) in published else f"a square of {side**2} positions"
 
 
 def square(patch: int, patch_x: int) -> int:

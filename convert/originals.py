@@ -240,6 +240,10 @@ def build_timm(config: ViTConfig, positioned: bool, gates: int = 1) -> Module:
 
 def build_transformers(config: ViTConfig) -> Module:
     """transformers' DINOv2 of these sizes, with attention that returns its weights."""
+    if config.grid[0] != config.grid[1]:
+        raise ConversionError(
+            "transformers' DINOv2 takes positions for a square grid: there is nothing to compare with"
+        )
     sizes: dict[str, Any] = dict(
         hidden_size=config.width,
         num_hidden_layers=config.depth,
@@ -316,6 +320,8 @@ TRANSFORMERS_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_ta
 
 def build_clip(config: ViTConfig) -> Module:
     """transformers' CLIP image encoder of these sizes, with its projection if it has one."""
+    if config.grid[0] != config.grid[1]:
+        raise ConversionError("transformers' CLIP takes positions for a square grid: there is nothing to compare with")
     more: dict[str, Any] = {"projection_dim": config.projection} if config.projection else {}
     more["attn_implementation"] = "eager"
     kind = transformers.CLIPVisionModelWithProjection if config.projection else transformers.CLIPVisionModel

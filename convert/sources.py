@@ -22,7 +22,7 @@ from convert.clip import OPENAI
 from convert.engine import ConversionError, Renamed, Tensors
 from convert.neighbours import looks_like
 from convert.onnx_graph import read_onnx
-from convert.timm import POOLS, architecture_hints, folder_hints, module_hints
+from convert.timm import POOLS, architecture_hints, folder_hints, module_hints, pixels
 from jaxvit import CheckpointError, Preprocess
 from jaxvit.io.checkpoint import SafetensorsFile, sha256
 
@@ -437,6 +437,8 @@ def transformers_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     hints = {ours: config[theirs] for ours, theirs in NAMES.items() if theirs in config}
     if wrong := [NAMES[name] for name, value in hints.items() if not isinstance(value, int | float)]:
         raise ConversionError(f"the config's {', '.join(wrong)} should be numbers")
+    if isinstance(size := config.get("image_size"), int):
+        hints["image"] = (size, size)
     gated = config.get("use_swiglu_ffn") or config.get("use_gated_mlp")
     return hints if gated else {**hints, "mlp": ACTIVATIONS[act]}
 
@@ -456,8 +458,9 @@ def open_clip_hints(path: Path) -> dict[str, Any]:
         hints = architecture_hints(vision["timm_model_name"]) if vision.get("timm_model_name") else {}
         if vision.get("timm_pool"):
             hints["pool"] = POOLS[vision["timm_pool"]]
-        side = vision.get("image_size", 224)
-        if not hints:
+        hints["image"] = pixels(vision.get("image_size", 224))
+        side, square = hints["image"][0], hints["image"][0] == hints["image"][1]
+        if not vision.get("timm_model_name"):
             pooled = vision.get("pool_type", "tok") != "tok" or vision.get("final_ln_after_pool")
             if pooled or vision.get("attentional_pool") or set(vision.get("act_kwargs") or {}) - {"approximate"}:
                 raise ConversionError(f"{path} asks for a pooling or activation that is not known here")
@@ -465,7 +468,7 @@ def open_clip_hints(path: Path) -> dict[str, Any]:
             hints["mlp"] = "quick_gelu" if model.get("quick_gelu") else "gelu_tanh" if tanh else "gelu"
             hints["heads"] = vision["width"] // vision.get("head_width", 64)
             hints["eps"] = float((vision.get("norm_kwargs") or {}).get("eps", 1e-5))
-        if "mean" in prepare:
+        if "mean" in prepare and square:
             hints["preprocess"] = Preprocess(side, side, tuple(prepare["mean"]), tuple(prepare["std"]))
     except ConversionError:
         raise

@@ -31,6 +31,12 @@ def config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
             f"is, such as architecture='vit_base_patch16_clip_224' or --architecture vit_base_patch16_clip_224, or say "
             f"{', '.join(fields)} (--set {next(iter(fields))}=..)"
         )
+    if "pos_embed" not in tensors and hints.get("positions") is not False:
+        raise ConversionError(
+            "this timm checkpoint has no positions (pos_embed): a model with rotary positions, such as DINOv3, is "
+            "known by its registers (storage_tokens, reg_token); if it really has none, say --set positions=false "
+            "(config={'positions': False})"
+        )
     # timm gives the embedding of patches a bias just where no norm follows it, and every classifier one.
     always = {"patch_bias": "norm_pre.weight" not in tensors}
     found = read_config(
@@ -115,7 +121,20 @@ def folder_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         if pool not in POOLS:
             raise ConversionError(f"the config.json asks for the pooling {pool!r}; known: {', '.join(POOLS)}")
         hints["pool"] = hints["pool"] if hints["pool"] == "distilled" and pool == "token" else POOLS[pool]
+    if size := (config.get("model_args") or {}).get("img_size") or (config.get("pretrained_cfg") or {}).get(
+        "input_size"
+    ):
+        hints["image"] = pixels(size)
     return hints | preprocess_hints(config.get("pretrained_cfg") or {})
+
+
+def pixels(size: Any) -> tuple[int, int]:
+    """Height and width from one number, both, or those behind a number of channels."""
+    try:
+        height, width = (size, size) if isinstance(size, int) else size[-2:]
+        return int(height), int(width)
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"the config makes no sense: {size!r} is no size of images") from error
 
 
 SHAPES = ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad", "num_classes", "reg_tokens", "class_token")
@@ -128,9 +147,13 @@ def preprocess_hints(pretrained: Mapping[str, Any]) -> dict[str, Any]:
     if not size:
         return {}
     try:
-        side = int(size[-1])
+        side = min(map(int, size[-2:]))
         mean, std = (tuple(float(x) for x in pretrained[name]) for name in ("mean", "std"))
-        return {"preprocess": Preprocess(int(side // crop), side, mean, std)}  # type: ignore[arg-type]
+        hints: dict[str, Any] = {"preprocess": Preprocess(int(side // crop), side, mean, std)}  # type: ignore[arg-type]
+        if size[-1] != size[-2]:
+            trained = f"squares, as jaxvit.prepare makes them; the model was trained on {size[-2]}x{size[-1]}"
+            hints["unsure"] = {"preprocess": trained}
+        return hints
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ConversionError(f"the pretrained_cfg in config.json makes no sense: {error!r}") from error
 
@@ -160,6 +183,7 @@ def module_hints(module: Any) -> dict[str, Any]:
     }
     if getattr(module, "pos_embed", None) is not None:
         hints["grid"] = tuple(module.patch_embed.grid_size)
+    hints["positions"] = "grid" in hints
     return hints | preprocess_hints(getattr(module, "pretrained_cfg", None) or {})
 
 

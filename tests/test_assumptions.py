@@ -108,14 +108,15 @@ def test_a_verification_names_the_assumptions_that_it_shares(tmp_path, capsys):
     config = tiny(depth=1)
     source = write_safetensors(tmp_path / "some.safetensors", hub_state(config, numbers(config)))
     convert.convert(source, tmp_path / "a")
-    said = "equal within the limits, if the assumptions hold: heads 1 (width / 64)"
+    shared = ["heads 1 (width / 64)", "grid 4x4 (a square of 16 positions)"]
+    said = f"equal within the limits, if the assumptions hold: {', '.join(shared)}"
     assert main(["verify", str(tmp_path / "a"), str(source), "--sizes", "14x28"]) == 0
     assert said in capsys.readouterr().out
-    assert json.loads((tmp_path / "a" / "parity.json").read_text())["assumptions"] == ["heads 1 (width / 64)"]
+    assert json.loads((tmp_path / "a" / "parity.json").read_text())["assumptions"] == shared
     assert main(["show", str(tmp_path / "a")]) == 0
     assert f"parity: {said}" in capsys.readouterr().out
     # An original whose heads are told shares none.
-    assert original_of(source, config={"heads": 1}).assumed == ()
+    assert original_of(source, config={"heads": 1, "grid": (4, 4)}).assumed == ()
     assert original_of(module_of(depth=1)).assumed == ()
 
 
@@ -293,3 +294,75 @@ def test_sums_are_rounded_once(dtype):
         ours = np.asarray(convert.load(state, dtype=dtype, config={"heads": 1}).cls[...])
     assert exact[0] == 1 + 2**-8 + 2**-30
     np.testing.assert_array_equal(ours, exact.astype(jax.numpy.dtype(dtype)))
+
+
+# Positions ------------------------------------------------------------------------------------------------------------
+
+OBLONG = dict(depth=1, width=64, heads=1, grid=(2, 8))
+
+
+def oblong_folder(folder, module, **content):
+    write_safetensors(folder / "model.safetensors", {n: t.numpy() for n, t in module.state_dict().items()})
+    about = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}} | content
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "size", [{"model_args": {"img_size": [32, 128]}}, {"pretrained_cfg": {"input_size": [3, 32, 128]}}]
+)
+def test_a_folder_with_oblong_images(tmp_path, size):
+    module = module_of(**OBLONG | dict(heads=3, width=96))
+    for name in ("pretrained_cfg",):
+        size = {
+            key: value | ({"mean": [0.5] * 3, "std": [0.5] * 3} if key == name else {}) for key, value in size.items()
+        }
+    model, provenance = convert.load_described(oblong_folder(tmp_path, module, **size))
+    assert model.config.grid == (2, 8) and "grid" not in str(provenance.assumptions)
+    images = random_images(model, Size(32, 128), tokens=20)
+    assert compare(model, original_of(module), images, defaults=False).worst64() <= 1e-10
+    if "pretrained_cfg" in size:
+        assert "32x128" in "".join(provenance.assumptions) and model.config.preprocess.crop == 32
+
+
+def test_a_bare_grid_is_a_square_as_an_assumption(tmp_path):
+    state = state_of(**OBLONG)
+    assert assumed(state)["grid"] == "grid 4x4 (a square of 16 positions)"
+    for grid in ((2, 8), [2, 8], "2x8"):
+        model, provenance = convert.load_described(state, config={"grid": grid})
+        assert model.config.grid == (2, 8) and "grid 4x4" not in str(provenance)
+    for grid in ("2", [2, 8, 1], 16, "axb"):
+        asks(state, "grid is", "such as 2x8", config={"grid": grid})
+    asks(state, "grid (4, 4), not (3, 8)", config={"grid": (3, 8)})
+    asks(state_of(**OBLONG | dict(grid=(2, 7))), "pos_embed has 15 rows", "--set grid=")
+    source = write_safetensors(tmp_path / "some.safetensors", state)
+    for i, said in enumerate(("grid=[2,8]", "grid=2x8")):
+        assert main([str(source), str(tmp_path / f"{i}"), "--set", said]) == 0
+        assert jaxvit.read_config(tmp_path / f"{i}")[0].grid == (2, 8)
+
+
+def test_every_layout_takes_the_grid_that_is_given():
+    config = tiny(depth=1, grid=(2, 8))
+    for write in (hub_state, transformers_state):
+        assert convert.load(write(config, numbers(config)), config={"grid": (2, 8)}).config.grid == (2, 8)
+    with pytest.raises(ConversionError, match="square grid"):
+        original_of(transformers_state(config, numbers(config)), config={"grid": (2, 8)})
+    state = {
+        n.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): a
+        for n, a in state_of(**OBLONG | dict(layer_scale=True, grid=(2, 4))).items()
+    }
+    # 1 + 8 positions: iBOT's, where 9 would be a square of DeiT III.
+    assert convert.load_described(state, config={"grid": (2, 4)})[1].source["layout"] == "dino"
+
+
+def test_a_published_grid_is_known():
+    config = tiny(depth=1, grid=(37, 37))
+    assert "grid" not in assumed(hub_state(config, numbers(config)))
+
+
+def test_a_model_without_positions_is_asked_about(tmp_path):
+    """A DINOv3 whose registers, periods and mask token were left out has timm's names, and rotary positions."""
+    state = state_of(depth=1, width=64, heads=1, positions=False, layer_scale=True)
+    asks(state, "no positions", "DINOv3", "--set positions=false")
+    assert convert.load(state, config={"positions": False}).config.positions is False
+    assert convert.load(module_of(depth=1, width=64, heads=1, positions=False)).config.positions is False
