@@ -23,6 +23,7 @@ from convert.engine import ConversionError, Renamed, Tensors
 from convert.neighbours import looks_like
 from convert.onnx_graph import read_onnx
 from convert.timm import POOLS, architecture_hints, folder_hints, module_hints, pixels
+from convert.torchscript import read_torchscript
 from jaxvit import CheckpointError, Preprocess
 from jaxvit.io.checkpoint import SafetensorsFile, sha256
 
@@ -158,16 +159,16 @@ def _read(path: Path, branch: Branch | None = None) -> tuple[Tensors, str]:
 
 
 def _read_pickle(path: Path, branch: Branch | None) -> tuple[Tensors, str]:
+    with open(path, "rb") as f:
+        zipped = f.read(4) == b"PK\x03\x04"  # since PyTorch 1.6; older files cannot be mapped into memory
+    if zipped and _is_torchscript(path):
+        return read_torchscript(path), ""
     try:
         import torch
     except ImportError:
         raise ConversionError(
             f"reading {path} needs torch: pip install torch, or convert a .safetensors file"
         ) from None
-    with open(path, "rb") as f:
-        zipped = f.read(4) == b"PK\x03\x04"  # since PyTorch 1.6; older files cannot be mapped into memory
-    if zipped and _is_torchscript(path):
-        return _read_torchscript(path), ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters of what torch warns of, it then raises
@@ -210,20 +211,6 @@ def _is_torchscript(path: Path) -> bool:
         )
     inside = [member.filename.partition("/")[2] for member in members]
     return "constants.pkl" in inside and any(name.startswith("code/") for name in inside)
-
-
-def _read_torchscript(path: Path) -> Tensors:
-    """The tensors of a TorchScript archive. Its code is compiled by TorchScript; no Python runs."""
-    import torch
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that TorchScript is deprecated
-            state = torch.jit.load(str(path), map_location="cpu").state_dict()
-    except Exception as error:  # as above
-        reason = _first_sentence(str(error)) or repr(error)
-        raise ConversionError(f"{path} is not a complete TorchScript archive: {reason}") from error
-    return _arrays(_bounded(path, state))
 
 
 def _bounded(path: Path, state: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -479,7 +466,7 @@ def open_clip_hints(path: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConversionError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
