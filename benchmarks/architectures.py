@@ -53,7 +53,8 @@ def facts(name: str, **changes: Any) -> dict[str, Any]:
     hints = plain.module_hints(module)
     preparation = hints["preprocess"]
     return {field: hints[field] for field in plain.FACTS} | {
-        "preprocess": [preparation.resize, preparation.crop, list(preparation.mean), list(preparation.std)]
+        "preprocess": [preparation.resize, preparation.crop, list(preparation.mean), list(preparation.std)],
+        "shape": [len(module.blocks), module.embed_dim, getattr(module, "cls_token", None) is not None],
     }
 
 

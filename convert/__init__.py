@@ -47,7 +47,8 @@ class Reading(TypedDict, total=False):
     Keys:
       revision: commit, branch or tag, for a hub id.
       architecture: timm's name of the model, such as "vit_base_patch16_clip_224", for a bare file in timm's layout.
-      branch: "teacher" or "student", of a training checkpoint that holds both; by default the teacher.
+      branch: of a training checkpoint that holds several: "teacher", "student", "ema" (the moving average of weights)
+        or "raw" (the weights that were optimised); by default the first of teacher, ema and raw that it holds.
       config: fields of the config that neither tensors nor files beside them tell, such as {"mlp": "quick_gelu"}.
     """
 
@@ -112,8 +113,8 @@ def load_described(source: Any, **options: Unpack[Options]) -> tuple[jaxvit.ViT,
         if dtype_of(model) != dtype_of(loaded) or model.config != loaded.config:
             provenance = provenance.compared(checksum(model), dtype_of(model), model.config)
         return model, provenance
-    model, description = _load(source, dtype, resampling, options)
-    return model, Provenance(description).compared(checksum(model), dtype_of(model), model.config)
+    model, provenance = _load(source, dtype, resampling, options)
+    return model, provenance.compared(checksum(model), dtype_of(model), model.config)
 
 
 def changed(model: jaxvit.ViT, dtype: DTypeLike, resampling: Resampling | None) -> jaxvit.ViT:
@@ -127,20 +128,42 @@ def dtype_of(model: jaxvit.ViT) -> str:
 
 def _load(
     source: Any, dtype: DTypeLike, resampling: Resampling | None, options: Options
-) -> tuple[jaxvit.ViT, dict[str, Any]]:
+) -> tuple[jaxvit.ViT, Provenance]:
     check_dtype(dtype)
     opened = read(source, **reading(options))
     layout, tensors, config = recognise(opened)
-    config = replace(config, resampling=resampling or config.resampling)
+    config = with_resampling(opened, config, resampling)
     params = convert_tensors(layout, tensors, config, dtype, opened.ignored)
     # On a CPU they stay where they are; elsewhere they go one after the other.
     model = from_params(config, {name: jax.device_put(params.pop(name)) for name in list(params)})
-    return model, describe(opened, layout)
+    return model, Provenance(describe(opened, layout), assumptions=assumptions(opened, config))
 
 
 def describe(opened: Source, layout: Layout) -> dict[str, Any]:
     """What a provenance keeps of a source."""
     return opened.description | {"layout": layout.name, "versions": versions("jaxvit", "jax", "flax")}
+
+
+def with_resampling(opened: Source, config: jaxvit.ViTConfig, resampling: Resampling | None) -> jaxvit.ViTConfig:
+    """The config with the rule that is asked for; then it is no assumption of the source."""
+    if resampling is None:
+        return config
+    opened.assumed.pop("resampling", None)
+    return replace(config, resampling=resampling)
+
+
+def assumptions(opened: Source, config: jaxvit.ViTConfig) -> tuple[str, ...]:
+    """What was assumed, for a provenance: "heads 6 (width / 64)"."""
+    return tuple(f"{field} {in_words(getattr(config, field))} ({why})" for field, why in opened.assumed.items())
+
+
+def in_words(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    if isinstance(value, jaxvit.Preprocess):
+        mean, std = (" ".join(f"{x:.3g}" for x in numbers) for numbers in (value.mean, value.std))
+        return f"short side {value.resize}, crop {value.crop}, mean {mean}, std {std}"
+    return str(value)
 
 
 def convert(
@@ -174,9 +197,9 @@ def convert_to_folder(
     check_place(folder, overwrite)  # before anything is fetched or read
     opened = read(source, **reading(options))
     layout, tensors, config = recognise(opened)
-    config = replace(config, resampling=resampling or config.resampling)
+    config = with_resampling(opened, config, resampling)
     shapes = {name: (dtype, leaf.shape) for name, leaf in to_params(abstract(config)).items()}
-    provenance = Provenance(describe(opened, layout))
+    provenance = Provenance(describe(opened, layout), assumptions=assumptions(opened, config))
     with (
         saving(folder, config, provenance, overwrite=overwrite) as weights,
         writing(weights, shapes) as put,
@@ -196,9 +219,21 @@ def read(source: Any, **known: Unpack[Reading]) -> Source:
     if fields := known.get("config"):
         if unknown := sorted(set(fields) - set(CONFIG_FIELDS)):
             raise ConversionError(f"a config has no {', '.join(unknown)}; it has {', '.join(CONFIG_FIELDS)}")
+        fields = {name: field_of(name, value) for name, value in fields.items()}
         opened.hints = {**opened.hints, **fields}
         opened.description["config given"] = dict(fields)
     return opened
+
+
+def field_of(name: str, value: Any) -> Any:
+    """A field of a config from what JSON or a command line can say: a grid as "2x8" or [2, 8]."""
+    if name != "grid":
+        return value
+    try:
+        rows, columns = value.split("x") if isinstance(value, str) else value
+        return int(rows), int(columns)
+    except (TypeError, ValueError):
+        raise ConversionError(f"grid is {value!r}; expected rows and columns of patches, such as 2x8") from None
 
 
 CONFIG_FIELDS = tuple(field.name for field in fields(jaxvit.ViTConfig))
@@ -223,10 +258,21 @@ def is_jaxvit_folder(source: Any) -> bool:
 
 
 def recognise(source: Source) -> tuple[Layout, Tensors, jaxvit.ViTConfig]:
-    """The layout of a source, its tensors under the layout's names, and its config."""
+    """The layout of a source, its tensors under the layout's names, and its config.
+
+    What had to be assumed is set as `source.assumed`.
+    """
     layout, tensors = locate(LAYOUTS, source.tensors, source.hints)
+    unknown = source.hints.get("model type")
+    if unknown is not None and not source.hints.keys() >= {"heads", "mlp", "eps"}:
+        raise ConversionError(
+            f"the config.json is of the model type {unknown}, whose defaults are not known here: say --set heads=.., "
+            f"--set mlp=.. and --set eps=.. (config={{'heads': .., 'mlp': .., 'eps': ..}}), or give the weights alone"
+        )
     try:
-        return layout, tensors, layout.config(tensors, source.hints)
+        config, assumed = layout.config(tensors, {**source.hints, "prefix": tensors.prefix})
+        source.assumed = {**assumed, **source.hints.get("unsure", {})}
+        return layout, tensors, config
     except KeyError as error:
         raise ConversionError(f"not a complete {layout.name} checkpoint: {error.args[0]} is missing") from None
     except (ValueError, IndexError) as error:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jaxvit
-from jaxvit.io.checkpoint import read_content
+from jaxvit.io.checkpoint import PARITY, read_content
+from jaxvit.io.provenance import verdict
 from jaxvit.model.config import Resampling
 
 from . import ConversionError, Reading, convert_to_folder
@@ -97,14 +98,16 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "--architecture", metavar="NAME", help="timm's name of the model, for a bare file in timm's layout"
     )
     parser.add_argument(
-        "--branch", choices=get_args(Branch), help="of a training checkpoint with both (default: teacher)"
+        "--branch",
+        choices=get_args(Branch),
+        help="which weights of a training checkpoint with several (default: the first of teacher, ema, raw)",
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="a field of the config that no file tells, such as mlp=quick_gelu or heads=16; may be repeated",
+        help="a field of the config that no file tells, such as mlp=quick_gelu, heads=16 or grid=2x8; may be repeated",
     )
 
 
@@ -155,7 +158,8 @@ def _verify(folder: str | Path, source: str, sizes: Sequence[tuple[int, ...]] | 
     comparisons = verify_folder(folder, source, wanted, progress=True, **known)
     print(table(comparisons))
     passed = all(comparison.passed for comparison in comparisons.values())
-    print(f"{'equal' if passed else 'NOT EQUAL'} within the limits; wrote {Path(folder) / 'parity.json'}")
+    parity = json.loads((Path(folder) / PARITY).read_text(encoding="utf-8"))
+    print(f"{verdict(parity)}; wrote {Path(folder) / PARITY}")
     print(jaxvit.describe(folder))
     return 0 if passed else 1
 

@@ -13,8 +13,20 @@ from typing import Any
 
 from jaxvit import Preprocess, ViTConfig
 
-from .engine import ConversionError, Layout, Rule, Tensors, copy, joined_linear, linear, matrix, norm, patch_conv
-from .meta import count_blocks, decide, grid_of, shape_of, square, token_rules
+from .engine import (
+    ConversionError,
+    Decided,
+    Layout,
+    Rule,
+    Tensors,
+    copy,
+    joined_linear,
+    linear,
+    matrix,
+    norm,
+    patch_conv,
+)
+from .meta import count_blocks, decide, grid_of, shape_of, square, token_rules, with_heads
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEXT = "the text side of CLIP"
@@ -22,10 +34,10 @@ NUMBERS = ("input_resolution", "context_length", "vocab_size")
 """What OpenAI's archives hold beside their tensors."""
 
 
-def decided(found: dict[str, Any], hints: Mapping[str, Any], **more: Any) -> ViTConfig:
+def decided(found: dict[str, Any], hints: Mapping[str, Any], of_grid: str = "", own: bool = False) -> Decided:
+    """The config; `of_grid` is why the grid is an assumption, `own` whether the model is OpenAI's for sure."""
     side = found["grid"][0] * found["patch"]
-    assumed = dict(
-        heads=found["width"] // 64,
+    told = dict(
         layer_scale=False,
         patch_bias=False,
         pre_norm=True,
@@ -33,7 +45,9 @@ def decided(found: dict[str, Any], hints: Mapping[str, Any], **more: Any) -> ViT
         resampling="bicubic",
         preprocess=Preprocess(side, side, MEAN, STD),
     )
-    if "mlp" not in assumed | more | dict(hints):
+    if own:
+        told["mlp"] = "quick_gelu"
+    elif "mlp" not in hints:
         raise ConversionError(
             "the tensors of this CLIP do not tell its activation: say config={'mlp': 'quick_gelu'} "
             "(--set mlp=quick_gelu) if it is OpenAI's or one trained like it, or 'gelu' if not"
@@ -43,7 +57,12 @@ def decided(found: dict[str, Any], hints: Mapping[str, Any], **more: Any) -> ViT
             f"the tensors of this CLIP of width {found['width']} do not tell its number of heads: say "
             f"config={{'heads': 16}} (--set heads=16), or give the folder with its config"
         )
-    return decide(found, assumed | more, hints)
+    of_heads, assumed = with_heads(found, hints, ("CLIP",))
+    assumed |= {"grid": of_grid} if of_grid else {}
+    if not own:
+        some = "as OpenAI's; some of OpenCLIP's have others"
+        assumed |= {"eps": some, "pool": some, "preprocess": some}
+    return decide(found, told | of_heads, hints, assumed)
 
 
 # OpenAI and OpenCLIP --------------------------------------------------------------------------------------------------
@@ -51,18 +70,19 @@ def decided(found: dict[str, Any], hints: Mapping[str, Any], **more: Any) -> ViT
 BLOCK = "transformer.resblocks.{i}"
 
 
-def openai_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+def openai_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     width, _, *patch = shape_of(tensors, "conv1.weight", 4)
+    grid, why = grid_of(tensors, "positional_embedding", 2, (1,), square(*patch), hints, ("CLIP",))
     found = dict(
         depth=count_blocks(tensors, BLOCK),
         width=width,
         hidden=shape_of(tensors, f"{BLOCK.format(i=0)}.mlp.c_fc.weight", 2)[0],
         patch=square(*patch),
-        grid=grid_of(tensors, "positional_embedding", 2, (1,)),
+        grid=grid,
         projection=shape_of(tensors, "proj", 2)[1] if "proj" in tensors else 0,
     )
     own = all(f"{name} (outside visual.)" in tensors for name in NUMBERS)
-    return decided(found, hints, **({"mlp": "quick_gelu"} if own else {}))
+    return decided(found, hints, why, own)
 
 
 def openai_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
@@ -108,17 +128,19 @@ OPENAI = Layout(
 LAYER = "encoder.layers.{i}"
 
 
-def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     width, _, *patch = shape_of(tensors, "embeddings.patch_embedding.weight", 4)
+    positions = "embeddings.position_embedding.weight"
+    grid, why = grid_of(tensors, positions, 2, (1,), square(*patch), hints, ("CLIP",))
     found = dict(
         depth=count_blocks(tensors, LAYER),
         width=width,
         hidden=shape_of(tensors, f"{LAYER.format(i=0)}.mlp.fc1.weight", 2)[0],
         patch=square(*patch),
-        grid=grid_of(tensors, "embeddings.position_embedding.weight", 2, (1,)),
+        grid=grid,
         projection=shape_of(tensors, "visual_projection.weight", 2)[0] if "visual_projection.weight" in tensors else 0,
     )
-    return decided(found, hints)
+    return decided(found, hints, why)
 
 
 def transformers_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:

@@ -10,25 +10,25 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-from jaxvit import Preprocess, ViTConfig
+from jaxvit import Preprocess
 
-from .engine import Layout, Tensors, tensor_shape
+from .engine import Decided, Layout, Tensors, tensor_shape
 from .meta import PLAIN, Names, read_config, shape_of, table
 
 NAMES = Names(registers=(), scales=("gamma_1", "gamma_2"))
 
 
-def config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
-    width, *_, patch = shape_of(tensors, "patch_embed.proj.weight", 4)
+def config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
+    *_, patch = shape_of(tensors, "patch_embed.proj.weight", 4)
     side = isqrt(shape_of(tensors, "pos_embed", 3)[1]) * patch
     return read_config(
         tensors,
         hints,
         NAMES,
+        families=("DeiT III",),  # huge has heads of 80
         always={**PLAIN, "layer_scale": True},
         before=(0,),
         final_norm="tokens",
-        heads=16 if width == 1280 else width // 64,  # huge has heads of 80
         resampling="bicubic_antialias",
         preprocess=Preprocess().at(side) if side else Preprocess(),
     )
@@ -36,8 +36,10 @@ def config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
 
 def is_deit3(tensors: Tensors, hints: Mapping[str, Any]) -> bool:
     """iBOT calls LayerScale the same, but has a position for [CLS]."""
-    shape = tensor_shape(tensors, "pos_embed")
-    return len(shape) == 3 and isqrt(shape[1]) ** 2 == shape[1]
+    shape, grid = tensor_shape(tensors, "pos_embed"), hints.get("grid")
+    if len(shape) != 3:
+        return False
+    return shape[1] == grid[0] * grid[1] if grid else isqrt(shape[1]) ** 2 == shape[1]
 
 
 LAYOUT = Layout(

@@ -9,17 +9,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxvit import ViTConfig
-
-from .engine import Layout, Tensors
+from .engine import Decided, Layout, Tensors
 from .meta import PLAIN, Names, read_config, table
 
 NAMES = Names(registers=(), scales=("gamma_1", "gamma_2"))
 
 
-def config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+def config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     final = "pooled" if "fc_norm.weight" in tensors else "tokens"
-    return read_config(tensors, hints, NAMES, always=PLAIN, before=(1,), final_norm=final, resampling="bicubic_offset")
+    own = is_own(tensors, hints)
+    found = read_config(
+        tensors,
+        hints,
+        NAMES,
+        families=("DINO", "iBOT"),
+        alone=own,
+        always=PLAIN,
+        before=(1,),
+        final_norm=final,
+        resampling="bicubic_offset",
+    )
+    if own:
+        return found
+    others = "MAE, MoCo v3 and timm's models without a classifier have the same names"
+    assumed = {"resampling": f"as DINO does it; {others}, and timm's rule is bicubic_antialias"}
+    assumed["preprocess"] = f"DINO's; {others}"
+    return found.assuming({**found.assumed, **assumed}, hints)
+
+
+def is_own(tensors: Tensors, hints: Mapping[str, Any]) -> bool:
+    """Whether this is DINO's or iBOT's for sure: it was beside a student or a teacher, or has what only these have."""
+    beside = hints.get("prefix", "") + str(hints.get("branch", ""))
+    marks = ("masked_embed", "blocks.0.gamma_1", "head.mlp.0.weight", "head.last_layer.weight_v")
+    return "teacher" in beside or "student" in beside or any(name in tensors for name in marks)
 
 
 LAYOUT = Layout(

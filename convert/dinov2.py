@@ -10,9 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxvit import ViTConfig
-
-from .engine import Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv, split_linear
+from .engine import Decided, Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv, split_linear
 from .meta import (
     PLAIN,
     Names,
@@ -25,6 +23,7 @@ from .meta import (
     square,
     table,
     token_rules,
+    with_heads,
 )
 
 MASK = "stands in for hidden patches during pretraining; takes no part when whole images are read"
@@ -33,13 +32,14 @@ HEAD = "a head that pretraining puts on top of the backbone"
 HUB_NAMES = Names(registers=("register_tokens",), gates=("w12",), out="w3")
 
 
-def hub_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+def hub_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     # Meta's code resamples positions with an offset of 0.1, but not in its models with registers.
     rule = "bicubic_antialias" if "register_tokens" in tensors else "bicubic_offset"
     return read_config(
         tensors,
         hints,
         HUB_NAMES,
+        families=("DINOv2",),
         always={**PLAIN, "layer_scale": True, "classes": 0},
         before=(1,),
         final_norm="tokens",
@@ -70,29 +70,31 @@ def transformers(
     ]
 
 
-def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     registers = "embeddings.register_tokens"
     width, _, *patch = shape_of(tensors, "embeddings.patch_embeddings.projection.weight", 4)
     count = shape_of(tensors, registers, 3)[1] if registers in tensors else 0
     mlp = "encoder.layer.0.mlp"
     gated = [f"{mlp}.{out}.weight" for out in ("weights_out", "down_proj") if f"{mlp}.{out}.weight" in tensors]
     classes = shape_of(tensors, "classifier.weight", 2)[0] if "classifier.weight" in tensors else 0
+    grid, why = grid_of(tensors, "embeddings.position_embeddings", 3, (1,), square(*patch), hints, ("DINOv2",))
     found = dict(
         depth=count_blocks(tensors, "encoder.layer.{i}"),
         registers=count,
         width=width,
         hidden=shape_of(tensors, gated[0] if gated else f"{mlp}.fc2.weight", 2)[1],
         patch=square(*patch),
-        grid=grid_of(tensors, "embeddings.position_embeddings", 3, (1,)),
+        grid=grid,
         classes=classes,
     )
-    assumed = dict(
-        heads=width // 64,
+    told, assumed = with_heads(found, hints, ("DINOv2",))
+    assumed |= {"grid": why} if why else {}
+    told |= dict(
         mlp="swiglu" if gated else "gelu",
         resampling="bicubic_antialias" if count else "bicubic",
         pool="cls_mean" if classes else "cls",  # what transformers' classifier reads
     )
-    return decide(found, assumed, hints)
+    return decide(found, told, hints, assumed)
 
 
 # Layouts --------------------------------------------------------------------------------------------------------------

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxvit import ViTConfig
 from jaxvit.model.positions import rope_periods
 
-from .engine import ConversionError, Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv
+from .engine import ConversionError, Decided, Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv
 from .meta import (
     BLOCK,
     PLAIN,
@@ -29,11 +28,13 @@ from .meta import (
     square,
     table,
     token_rules,
+    with_heads,
 )
 
 FAMILY: dict[str, Any] = dict(
     eps=1e-5, grid=(14, 14), rope_base=100.0, final_norm="tokens", resampling="bicubic_antialias"
 )
+SHARED = {"preprocess": "as for photographs; DINOv3's models for satellite images have another mean and deviation"}
 ALWAYS = {**PLAIN, "layer_scale": True}
 del ALWAYS["qkv_bias"]  # which the 7B has not
 MASK = "stands in for hidden patches during pretraining"
@@ -44,19 +45,15 @@ HUB_NAMES = Names(registers=("storage_tokens",), gates=("w1", "w2"), out="w3")
 PERIODS = "rope_embed.periods"
 
 
-def hub_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
-    width = shape_of(tensors, "patch_embed.proj.weight", 4)[0]
-    family: dict[str, Any] = FAMILY | dict(heads=heads_of(width), rope="bfloat16")
-    config = read_config(tensors, hints, HUB_NAMES, always=ALWAYS, **family)
+def hub_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
+    family: dict[str, Any] = FAMILY | dict(rope="bfloat16")
+    found = read_config(tensors, hints, HUB_NAMES, families=("DINOv3",), always=ALWAYS, **family)
+    config = found.config
     expected = rope_periods(config.head_size, config.rope_base, "bfloat16")
     if PERIODS in tensors and not np.array_equal(np.asarray(tensors[PERIODS], np.float64), expected):
         raise ConversionError(f"{PERIODS} are not those of base 100 in bfloat16: rotary positions of another kind")
-    return config
-
-
-def heads_of(width: int) -> int:
-    """Heads are of 64, but of 128 in the 7B."""
-    return width // (128 if width == 4096 else 64)
+    assumed = {} if PERIODS in tensors else {"rope": "as Meta's files have it; this one has no periods"}
+    return found.assuming(SHARED | assumed | {**found.assumed}, hints)
 
 
 def masked(bias: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
@@ -103,11 +100,11 @@ def timm_names(tensors: Tensors) -> Names:
     return Names(registers=("reg_token",), scales=("gamma_1", "gamma_2"), gates=gates)
 
 
-def timm_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
-    width = shape_of(tensors, "patch_embed.proj.weight", 4)[0]
-    family: dict[str, Any] = FAMILY | dict(heads=heads_of(width), rope="float32")
-    config = read_config(tensors, hints, timm_names(tensors), always=ALWAYS, **family)
-    return replace(config, qkv_bias="blocks.0.attn.q_bias" in tensors)
+def timm_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
+    family: dict[str, Any] = FAMILY | dict(rope="float32")
+    config, assumed = read_config(tensors, hints, timm_names(tensors), families=("DINOv3",), always=ALWAYS, **family)
+    config = replace(config, qkv_bias="blocks.0.attn.q_bias" in tensors)
+    return Decided(config).assuming(SHARED | {**assumed}, hints)
 
 
 def timm_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
@@ -139,7 +136,7 @@ TIMM = Layout(
 LAYER = "layer.{i}"
 
 
-def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
+def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     width, _, *patch = shape_of(tensors, "embeddings.patch_embeddings.weight", 4)
     gated = "layer.0.mlp.gate_proj.weight" in tensors
     found = dict(
@@ -151,8 +148,9 @@ def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig
         positions=False,
         qkv_bias="layer.0.attention.q_proj.bias" in tensors,
     )
-    assumed = dict(heads=heads_of(width), mlp="swiglu" if gated else "gelu", rope="float32", **FAMILY)
-    return decide(found, assumed, {**hints, **({"mlp": "swiglu"} if gated else {})})
+    told, assumed = with_heads(found, hints, ("DINOv3",))
+    told |= dict(mlp="swiglu" if gated else "gelu", rope="float32", **FAMILY)
+    return decide(found, told, {**hints, **({"mlp": "swiglu"} if gated else {})}, SHARED | assumed)
 
 
 def transformers_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:

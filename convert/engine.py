@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -31,6 +31,22 @@ Transform = Callable[..., Sequence[np.ndarray]]
 
 class ConversionError(ValueError):
     """A source that cannot be converted as it is; the message says why, and lists every offender."""
+
+
+class Decided(NamedTuple):
+    """The config of a checkpoint.
+
+    Attributes:
+      config: measured, known and assumed fields together.
+      assumed: name of each field that neither tensors nor what is known beside them tell -> why it has its value.
+    """
+
+    config: ViTConfig
+    assumed: Mapping[str, str] = {}
+
+    def assuming(self, fields: Mapping[str, str], hints: Mapping[str, Any]) -> Decided:
+        """The same, with those of the fields assumed that `hints` do not give."""
+        return self._replace(assumed={name: why for name, why in fields.items() if name not in hints})
 
 
 def no_inverse(*targets: np.ndarray) -> Sequence[np.ndarray]:
@@ -58,7 +74,8 @@ class Layout:
     Attributes:
       name: family/library.
       anchors: names that every checkpoint of the layout has, none of another layout all; prefixes come before them.
-      config: the config that the tensors imply; `hints` are what a file beside them says (heads, eps, preprocess ..).
+      config: the config that the tensors imply, and what was assumed; `hints` are what a file beside them says (heads,
+        eps, preprocess ..), and `prefix`, which stood before the names.
       rules: the table, for a config and a checkpoint, of which it reads names and shapes alone.
       ignored: patterns of names that are not used -> the reason.
       rename: brings variants of a name to the one in the table.
@@ -68,7 +85,7 @@ class Layout:
 
     name: str
     anchors: tuple[str, ...]
-    config: Callable[[Tensors, Mapping[str, Any]], ViTConfig]
+    config: Callable[[Tensors, Mapping[str, Any]], Decided]
     rules: Callable[[ViTConfig, Tensors], list[Rule]]
     ignored: Mapping[str, str] = field(default_factory=dict)
     rename: Callable[[str], str] = lambda name: name
@@ -163,8 +180,8 @@ class Renamed(Mapping[str, np.ndarray]):
     Half precision is widened to float32, exactly: sums of tensors then round once, whatever kind of file held them.
     """
 
-    def __init__(self, tensors: Tensors, names: Mapping[str, str]):
-        self.tensors, self.names = tensors, names
+    def __init__(self, tensors: Tensors, names: Mapping[str, str], prefix: str = ""):
+        self.tensors, self.names, self.prefix = tensors, names, prefix
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = self.tensors[self.names[name]]
@@ -186,7 +203,7 @@ class Renamed(Mapping[str, np.ndarray]):
 
 def locate(
     layouts: Sequence[Layout], tensors: Tensors, hints: Mapping[str, Any] | None = None
-) -> tuple[Layout, Tensors]:
+) -> tuple[Layout, Renamed]:
     """Which layout the tensors have, and the tensors under its names: without the prefix a wrapper put before them.
 
     Tensors outside the wrapper keep their whole name and say so; they too must be ignored, or are an error.
@@ -206,7 +223,7 @@ def locate(
                 else f"{key} (outside {prefix})"
                 for key in tensors
             ]
-            renamed = Renamed(tensors, dict(zip(names, tensors, strict=True)))
+            renamed = Renamed(tensors, dict(zip(names, tensors, strict=True)), prefix)
             if all(anchor in renamed for anchor in layout.anchors) and layout.accepts(renamed, hints or {}):
                 if len(renamed) < len(names):
                     twice = sorted({name for name in names if names.count(name) > 1})

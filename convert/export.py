@@ -160,10 +160,10 @@ def with_biases(target: Target, c: ViTConfig, params: Params) -> tuple[ViTConfig
 def check(target: Target, config: ViTConfig, params: Params, state: State) -> None:
     """Raises a ConversionError unless the converter makes exactly this model of the state dict."""
     # What shapes tell must come from them alone; the grid cannot, where it is no square.
-    hints = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in MEASURED - {"grid"}}
+    hints = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in MEASURED - {"grid", "positions"}}
     library = {"library": "timm"} if target.layout is timm.LAYOUT else {}
     layout, tensors = locate((target.layout,), state, hints | library)
-    found = layout.config(tensors, hints)
+    found = layout.config(tensors, hints).config
     back = convert_tensors(layout, tensors, config, params["patch_embed.kernel"].dtype)
     wrong = [name for name in params if not np.array_equal(back[name].ravel(), params[name].ravel())]
     wrong += [f.name for f in fields(config) if getattr(found, f.name) != getattr(config, f.name)]

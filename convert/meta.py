@@ -16,7 +16,9 @@ import numpy as np
 
 from jaxvit import ViTConfig
 
-from .engine import ConversionError, Rule, Tensors, copy, linear, norm, patch_conv, split_linear, tensor_shape
+from .catalogue import known
+from .engine import ConversionError, Decided, Rule, Tensors, copy, linear, norm, patch_conv, split_linear, tensor_shape
+from .published import heads
 
 MEASURED = {"depth", "width", "hidden", "cls", "registers", "patch", "grid", "positions", "layer_scale", "norm"} | {
     "patch_bias", "qkv_bias", "proj_bias", "patch_norm", "pre_norm", "qk_norm", "branch_norms", "classes"
@@ -98,8 +100,9 @@ def token_rules(
 
     def join(*arrays: np.ndarray) -> list[np.ndarray]:
         # reshape, where indexing and broadcasting would make do with other shapes.
+        # In float64, so that the sum is rounded once, to the type of the model.
         tokens = [a.reshape(-1, config.width) for a in arrays[: len(before)]]
-        prefix = np.concatenate([np.zeros((0, config.width), np.float32), *tokens])
+        prefix = np.concatenate([np.zeros((0, config.width)), *tokens])
         results = [prefix]
         if config.positions:
             rows = arrays[-1].reshape(-1, config.width)
@@ -158,14 +161,17 @@ def read_config(
     hints: Mapping[str, Any],
     names: Names,
     *,
+    families: Sequence[str],
+    alone: bool = True,
     always: Mapping[str, Any] | None = None,
     before: Sequence[int] | None = None,
     **family: Any,
-) -> ViTConfig:
+) -> Decided:
     """The config that shapes imply, with what they do not tell from `hints`, and else from `family`.
 
     Args:
       hints: fields of a config that a file beside the tensors gives, or a module.
+      families, alone: whose names the tensors have, for `convert.published.heads`.
       always: measured fields that are the same in the whole family. A tensor that is lacking then is missing, where it
         would otherwise make another model.
       before: how many of the tokens before the patches have positions; by default all, [CLS] alone, or none.
@@ -201,15 +207,44 @@ def read_config(
         classes=shape_of(tensors, "head.weight", 2)[0] if "head.weight" in tensors else 0,
     )
     found |= always or {}
+    told, assumed = with_heads(found, hints, families, alone)
     if found["positions"]:
-        found["grid"] = grid_of(tensors, "pos_embed", 3, before or (int(cls), cls + registers, 0), hints.get("grid"))
-    assumed = dict(heads=width // 64, mlp="gelu", final_norm=final, pool=pool)
-    return decide(found, assumed | family, {**hints, **({"mlp": "swiglu"} if gated else {})})
+        counts = before or (int(cls), cls + registers, 0)
+        found["grid"], why = grid_of(tensors, "pos_embed", 3, counts, found["patch"], hints, families)
+        assumed |= {"grid": why} if why else {}
+    told |= dict(mlp="gelu", final_norm=final, pool=pool)
+    return decide(found, told | family, {**hints, **({"mlp": "swiglu"} if gated else {})}, assumed)
 
 
-def decide(found: Mapping[str, Any], assumed: Mapping[str, Any], hints: Mapping[str, Any]) -> ViTConfig:
-    """The config of fields that were measured, fields assumed, and hints, which must not contradict the former."""
-    known = {field.name for field in fields(ViTConfig)}
+def with_heads(
+    found: Mapping[str, Any], hints: Mapping[str, Any], families: Sequence[str], alone: bool = True
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The number of heads as a field that was told, unless `hints` give it, and what about it is an assumption."""
+    if "heads" in hints:
+        return {}, {}
+    wrapped = not OWN_PREFIX.fullmatch(hints.get("prefix", ""))
+    own = () if wrapped and not alone else families
+    count, why = heads(found["width"], found["depth"], own, alone and not wrapped)
+    return {"heads": count}, {"heads": why} if why else {}
+
+
+OWN_PREFIX = re.compile(
+    r"((module|model|_orig_mod|teacher|student|backbone|teacher_backbone|student_backbone|encoder|visual|vision_model|"
+    r"dinov2|dinov2_with_registers|clip|vision_tower|trunk|model_ema|ema)\.)*"
+)
+"""Wrappers in which families publish their models. Other wrappers may hold another family of the same names."""
+
+
+def decide(
+    found: Mapping[str, Any],
+    told: Mapping[str, Any],
+    hints: Mapping[str, Any],
+    assumed: Mapping[str, str] | None = None,
+) -> Decided:
+    """The config of fields that were measured, fields told by the family, and hints, which must not contradict the
+    former; `assumed` are those of the told fields that are assumptions, and why.
+    """
+    names = {field.name for field in fields(ViTConfig)}
     differ = [
         f"{name} {value}, not {hints[name]}"
         for name, value in found.items()
@@ -217,14 +252,14 @@ def decide(found: Mapping[str, Any], assumed: Mapping[str, Any], hints: Mapping[
     ]
     if differ:
         raise ConversionError(f"the checkpoint's tensors and its config disagree: {'; '.join(differ)}")
-    config = ViTConfig(**{**assumed, **{name: value for name, value in hints.items() if name in known}, **found})
+    config = ViTConfig(**{**told, **{name: value for name, value in hints.items() if name in names}, **found})
     c = config
     matrices = c.depth * (4 * c.width + 3 * c.hidden)
     vectors = c.grid[0] * c.grid[1] * c.positions + c.registers + c.classes + 3 * c.patch**2
     if c.width * (matrices + vectors) > LARGEST:  # sizes of two tensors, each small, may multiply to anything
         sizes = ", ".join(f"{name} {getattr(c, name)}" for name in ("depth", "width", "hidden", "registers", "grid"))
         raise ConversionError(f"the checkpoint's sizes ({sizes}) make a model of over {LARGEST:,} parameters")
-    return config
+    return Decided(config).assuming(assumed or {}, hints)
 
 
 LARGEST = 2**36
@@ -232,21 +267,37 @@ LARGEST = 2**36
 
 
 def grid_of(
-    tensors: Tensors, name: str, axes: int, before: Sequence[int], hint: tuple[int, int] | None = None
-) -> tuple[int, int]:
-    """The grid of positions [.., rows, D], of which the first may be those of so many tokens before the patches.
+    tensors: Tensors,
+    name: str,
+    axes: int,
+    before: Sequence[int],
+    patch: int,
+    hints: Mapping[str, Any],
+    families: Sequence[str],
+) -> tuple[tuple[int, int], str]:
+    """The grid of positions [.., rows, D], of which the first may be those of so many tokens before the patches; and
+    why it is an assumption, nothing where it is known.
 
-    Where several counts leave a square (4 = 2 x 2, or 1 + 3), it is the first of them, unless a hint says otherwise.
+    It is known where `hints` give a `grid`, the pixels of an `image`, or a crop, that fit; and where the families have
+    published it. Else it is a square: where several counts leave one (4 = 2 x 2, or 1 + 3), the first of them.
     """
     rows = shape_of(tensors, name, axes)[-2]
     counts = [rows - count for count in dict.fromkeys(before) if rows > count]
-    if hint is not None and hint[0] * hint[1] in counts:
-        return hint
-    for count in counts:
-        if isqrt(count) ** 2 == count:
-            return isqrt(count), isqrt(count)
-    tokens = " or ".join(map(str, dict.fromkeys(before)))
-    raise ConversionError(f"{name} has {rows} rows: expected a square, and {tokens} more for tokens before the patches")
+    image, preprocess = hints.get("image"), hints.get("preprocess")
+    for hint in (hints.get("grid"), image and (image[0] // patch, image[1] // patch)):
+        if hint and hint[0] * hint[1] in counts:
+            return hint, ""
+    squares = [isqrt(count) for count in counts if isqrt(count) ** 2 == count]
+    if not squares:
+        tokens = " or ".join(map(str, dict.fromkeys(before)))
+        raise ConversionError(
+            f"{name} has {rows} rows: expected a square, and {tokens} more for tokens before the patches; of another "
+            f"grid, say the rows and columns, such as --set grid=2x8 (config={{'grid': (2, 8)}})"
+        )
+    side = squares[0]
+    published = {(c.config.patch, c.config.grid[0]) for c in known() if c.family in families}
+    fits = preprocess is not None and preprocess.crop == side * patch
+    return (side, side), "" if fits or (patch, side) in published else f"a square of {side**2} positions"
 
 
 def square(patch: int, patch_x: int) -> int:

@@ -35,8 +35,9 @@ from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3_vit
 from jaxvit import ViTConfig
 from jaxvit.model.config import Resampling
 
-from . import Reading, is_jaxvit_folder, read, recognise, versions
+from . import Reading, assumptions, is_jaxvit_folder, read, recognise, versions
 from .engine import ConversionError, Layout, Tensors, tensor_shape
+from .sources import unwrapped
 
 READ = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out") + (
     "resid_post",
@@ -59,6 +60,7 @@ class Original:
       config: what jaxvit reads off it.
       resampling: a rule to put in place of the library's own; None leaves the library alone.
       checksums: file -> sha256, of the files it was read from.
+      assumed: what nothing told, so that it was built on the assumptions that jaxvit makes too.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Original:
     config: ViTConfig
     resampling: Resampling | None = None
     checksums: Mapping[str, str] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
 
     def run(self, images: np.ndarray, dtype: torch.dtype) -> Iterator[Values]:
         """What the library computes for images [B, H, W, 3]: the values of each layer, and then those after the last:
@@ -115,6 +118,7 @@ def original_of(source: Any, resampling: Resampling | None = None, **known: Unpa
       ConversionError: the source cannot be read, or its library's model does not take its tensors.
     """
     if isinstance(source, torch.nn.Module):
+        source = unwrapped(source)
         _, _, config = recognise(read(source, **known))
         return Original(_name(source), source, config, overriding(resampling, config))
     if is_jaxvit_folder(source):
@@ -130,7 +134,11 @@ def original_of(source: Any, resampling: Resampling | None = None, **known: Unpa
     # timm's model resamples positions in its own way; the authors' code, which it stands in for, may have another.
     own = None if layout.name in LIBRARIES_OWN else config.resampling
     rule = overriding(resampling, config) or own
-    return Original(_name(module), module, config, rule, opened.description.get("sha256", {}))
+    opened.assumed.pop("preprocess", None)  # no number that is compared depends on it
+    if overriding(resampling, config) is not None:
+        opened.assumed.pop("resampling", None)
+    checksums = opened.description.get("sha256", {})
+    return Original(_name(module), module, config, rule, checksums, assumptions(opened, config))
 
 
 def overriding(resampling: Resampling | None, config: ViTConfig) -> Resampling | None:
@@ -233,6 +241,10 @@ def build_timm(config: ViTConfig, positioned: bool, gates: int = 1) -> Module:
 
 def build_transformers(config: ViTConfig) -> Module:
     """transformers' DINOv2 of these sizes, with attention that returns its weights."""
+    if config.grid[0] != config.grid[1]:
+        raise ConversionError(
+            "transformers' DINOv2 takes positions for a square grid: there is nothing to compare with"
+        )
     sizes: dict[str, Any] = dict(
         hidden_size=config.width,
         num_hidden_layers=config.depth,
@@ -309,6 +321,8 @@ TRANSFORMERS_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_ta
 
 def build_clip(config: ViTConfig) -> Module:
     """transformers' CLIP image encoder of these sizes, with its projection if it has one."""
+    if config.grid[0] != config.grid[1]:
+        raise ConversionError("transformers' CLIP takes positions for a square grid: there is nothing to compare with")
     more: dict[str, Any] = {"projection_dim": config.projection} if config.projection else {}
     more["attn_implementation"] = "eager"
     kind = transformers.CLIPVisionModelWithProjection if config.projection else transformers.CLIPVisionModel

@@ -25,7 +25,8 @@ from .clip import OPENAI
 from .engine import ConversionError, Renamed, Tensors, tensor_shape
 from .foreign import describe_foreign
 from .onnx_graph import read_onnx
-from .timm import POOLS, architecture_hints, folder_hints, module_hints
+from .timm import POOLS, architecture_hints, folder_hints, module_hints, pixels
+from .torchscript import read_torchscript
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OPEN_CLIP, OPEN_CLIP_CONFIG = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"), "open_clip_config.json"
@@ -50,16 +51,19 @@ class Source:
       description: where they come from; `sha256` maps each file to its checksum.
       hints: what a config file or a live module says that shapes do not: heads, eps, preprocess.
       ignored: name patterns that only this kind of source has -> why they are not used.
+      assumed: once its layout is recognised, fields of the config that nothing tells -> why they have their value.
     """
 
     tensors: Tensors
     description: dict[str, Any]
     hints: dict[str, Any] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
+    assumed: dict[str, str] = field(default_factory=dict)
 
 
-Branch = Literal["teacher", "student"]
-"""Which of the two networks of a self-distillation to take from its checkpoint."""
+Branch = Literal["teacher", "student", "ema", "raw"]
+"""Which weights of a training checkpoint to take: of self-distillation the teacher's or the student's; the moving
+average of weights, or the weights that were optimised."""
 
 
 def open_source(
@@ -70,7 +74,7 @@ def open_source(
     Args:
       revision: of a hub id.
       architecture: timm's name of the model, for tensors that do not tell.
-      branch: of a training checkpoint; by default the teacher, where there is one.
+      branch: of a training checkpoint; by default the teacher, else the moving average, else the weights themselves.
 
     Raises:
       ConversionError: nothing of the kind, or it cannot be read.
@@ -97,7 +101,8 @@ def _open(source: Any, revision: str | None, branch: Branch | None) -> Source:
             raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from error
         raise ConversionError(f"{source} is neither a file, nor a folder, nor a hub id such as facebook/dinov2-small")
     if isinstance(source, Mapping):
-        return Source(_arrays(_state_dict(source, branch)), {"kind": "state dict"})
+        state, taken = _state_dict(source, branch)
+        return _taken(Source(_arrays(state), {"kind": "state dict"}), taken)
     if callable(getattr(source, "state_dict", None)):
         return _module(source)
     raise ConversionError(
@@ -125,16 +130,28 @@ def _file(path: Path, branch: Branch | None) -> Source:
     if path.suffix == ".onnx":
         ignored = {"decoder.*": "what the export puts behind the backbone"}
         return Source(read_onnx(path), description, ignored=ignored)
-    return Source(_read(path, branch), description)
+    tensors, taken = _read(path, branch)
+    return _taken(Source(tensors, description), taken)
 
 
-def _read(path: Path, branch: Branch | None = None) -> Tensors:
+def _taken(source: Source, taken: str) -> Source:
+    """The source, which says which weights of its checkpoint were taken."""
+    if taken:
+        source.description["branch"] = taken
+        source.hints["branch"] = taken.partition(",")[0]
+    return source
+
+
+def _read(path: Path, branch: Branch | None = None) -> tuple[Tensors, str]:
+    """The tensors of a file, and which of the weights it holds they are, as `_state_dict` says it."""
     if path.suffix == ".safetensors":
         try:
             file = SafetensorsFile(path)
         except CheckpointError as error:
             raise ConversionError(str(error)) from error
-        return file if branch is None else Renamed(file, {name: name for name in of_branch(file, branch)})
+        if branch is None:
+            return file, ""
+        return Renamed(file, {name: name for name in of_branch(file, branch)}), branch
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         return _read_pickle(path, branch)
     if path.suffix == ".json":
@@ -142,17 +159,17 @@ def _read(path: Path, branch: Branch | None = None) -> Tensors:
     raise ConversionError(f"{path} is of no known kind: expected .safetensors, .pth, .pt, .bin, .ckpt or .onnx")
 
 
-def _read_pickle(path: Path, branch: Branch | None) -> Tensors:
+def _read_pickle(path: Path, branch: Branch | None) -> tuple[Tensors, str]:
+    with open(path, "rb") as f:
+        zipped = f.read(4) == b"PK\x03\x04"  # since PyTorch 1.6; older files cannot be mapped into memory
+    if zipped and _is_torchscript(path):
+        return read_torchscript(path), ""
     try:
         import torch
     except ImportError:
         raise ConversionError(
             f"reading {path} needs torch: pip install torch, or convert a .safetensors file"
         ) from None
-    with open(path, "rb") as f:
-        zipped = f.read(4) == b"PK\x03\x04"  # since PyTorch 1.6; older files cannot be mapped into memory
-    if zipped and _is_torchscript(path):
-        return _read_torchscript(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters of what torch warns of, it then raises
@@ -168,7 +185,8 @@ def _read_pickle(path: Path, branch: Branch | None) -> Tensors:
         raise ConversionError(f"{path} is not a complete PyTorch file: {reason}") from error
     if not isinstance(content, Mapping):
         raise ConversionError(f"{path} holds a {type(content).__name__}, expected a state dict")
-    return _arrays(_bounded(path, _state_dict(content, branch)))
+    state, taken = _state_dict(content, branch)
+    return _arrays(_bounded(path, state)), taken
 
 
 INFLATED = 2**26
@@ -196,20 +214,6 @@ def _is_torchscript(path: Path) -> bool:
     return "constants.pkl" in inside and any(name.startswith("code/") for name in inside)
 
 
-def _read_torchscript(path: Path) -> Tensors:
-    """The tensors of a TorchScript archive. Its code is compiled by TorchScript; no Python runs."""
-    import torch
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that TorchScript is deprecated
-            state = torch.jit.load(str(path), map_location="cpu").state_dict()
-    except Exception as error:  # as above
-        reason = _first_sentence(str(error)) or repr(error)
-        raise ConversionError(f"{path} is not a complete TorchScript archive: {reason}") from error
-    return _arrays(_bounded(path, state))
-
-
 def _bounded(path: Path, state: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """The state, unless a tensor repeats a few bytes of the file: such a one may claim any size."""
     import torch
@@ -226,12 +230,36 @@ def _first_sentence(message: str) -> str:
     return re.split(r"\.\s|\n", message)[0]
 
 
-def _state_dict(content: Mapping[Any, Any], branch: Branch | None) -> Mapping[Any, Any]:
-    """Training checkpoints keep the state dict one level down, among optimiser states and counters."""
-    for name in (branch or "teacher", "model_ema", "state_dict", "model"):
-        if isinstance(content.get(name), Mapping):
-            return content[name]
-    return content if branch is None else {name: content[name] for name in of_branch(content, branch)}
+NETWORKS: dict[str, tuple[str, ...]] = {
+    "teacher": ("teacher",),
+    "ema": ("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
+    "raw": ("state_dict", "model"),
+    "student": ("student",),
+}
+"""Branch -> where training checkpoints keep its state dict, among optimiser states and counters."""
+
+
+def _state_dict(content: Mapping[Any, Any], branch: Branch | None) -> tuple[Mapping[Any, Any], str]:
+    """The state dict of a training checkpoint, and where it was; nothing if `content` is a state dict itself.
+
+    The rule: of a self-distillation the teacher, else the moving average of weights, as timm does, else the weights
+    that were optimised. `branch` asks for one of them.
+    """
+    held = {
+        each: name
+        for each, names in NETWORKS.items()
+        for name in reversed(names)
+        if isinstance(content.get(name), Mapping)
+    }
+    wanted = [branch] if branch else ["teacher", "ema", "raw"]
+    for each in wanted:
+        if each in held:
+            others = ", ".join(name for other, name in held.items() if other != each)
+            return content[held[each]], f"{each}, from {held[each]}" + (f"; {others} not taken" if others else "")
+    if branch is None:
+        return content, ""
+    inner = content[held["raw"]] if "raw" in held else content
+    return {name: inner[name] for name in of_branch(inner, branch)}, branch
 
 
 def of_branch(names: Iterable[Any], branch: Branch) -> list[str]:
@@ -300,10 +328,9 @@ def _folder(folder: Path, branch: Branch | None = None) -> Source:
     if beside := {file.name: _checked(file) for file in configs if file.is_file()}:
         description["config sha256"] = beside
     parts = [_read(file, branch) for file in files]
-    tensors = parts[0] if len(parts) == 1 else _Joined(parts)
-    if open_clip:
-        return Source(tensors, description, open_clip_hints(folder / OPEN_CLIP_CONFIG), dict(OPENAI.ignored))
-    return Source(tensors, description, _config_hints(folder))
+    tensors = parts[0][0] if len(parts) == 1 else _Joined([part for part, _ in parts])
+    hints = open_clip_hints(folder / OPEN_CLIP_CONFIG) if open_clip else _config_hints(folder)
+    return _taken(Source(tensors, description, hints, dict(OPENAI.ignored) if open_clip else {}), parts[0][1])
 
 
 def _checked(file: Path) -> str:
@@ -362,23 +389,47 @@ ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": 
 """transformers' names of activations, and the config's."""
 
 
+CLIP_DEFAULTS = {"hidden_act": "quick_gelu", "num_attention_heads": 12, "layer_norm_eps": 1e-5}
+DINOV2_DEFAULTS = {"hidden_act": "gelu", "num_attention_heads": 12, "layer_norm_eps": 1e-6, "use_swiglu_ffn": False}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("clip", "metaclip_2", "chinese_clip", "altclip", "clipseg"), CLIP_DEFAULTS),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), DINOV2_DEFAULTS),
+    "dinov3_vit": {"hidden_act": "gelu", "num_attention_heads": 6, "layer_norm_eps": 1e-5, "rope_theta": 100.0},
+}
+"""transformers' model types, without `_vision_model` -> their defaults: files may leave out values that equal them."""
+NAMES = {"heads": "num_attention_heads", "eps": "layer_norm_eps", "depth": "num_hidden_layers"}
+NAMES |= {"registers": "num_register_tokens", "rope_base": "rope_theta"}
+"""Fields of our config -> of transformers' configs."""
+
+
 def transformers_hints(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a transformers config says that shapes do not; empty for the config.json of another library."""
+    """What a transformers config says that shapes do not; empty for the config.json of another library.
+
+    A config around the config of an image encoder is looked into. Where the model type is not known, the hints hold it
+    as "model type", and what it leaves out cannot be known.
+    """
     if "model_type" not in config:
         return {}
     kind = str(config["model_type"])
-    if isinstance(config.get("vision_config"), Mapping):  # a CLIP of both sides
-        config = config["vision_config"]
-    act = config.get("hidden_act", "quick_gelu" if kind.startswith("clip") else "gelu")
+    for inner in ("vision_config", "backbone_config"):  # a CLIP of both sides; a head on a backbone
+        if isinstance(config.get(inner), Mapping):
+            own = {**config[inner], **(config.get(f"{inner}_dict") or {})}  # the second wins, as in transformers
+            kind, config = str(own.get("model_type", kind)), own
+            break
+    kind = kind.removesuffix("_vision_model")
+    if kind not in DEFAULTS:
+        return {"model type": kind}
+    config = {**DEFAULTS[kind], **config}
+    act = config["hidden_act"]
     if act not in ACTIVATIONS and not (act == "silu" and config.get("use_gated_mlp")):
         raise ConversionError(f"the config's activation is {act!r}; known: {', '.join(ACTIVATIONS)}")
     if kind.startswith("dinov2") and act != "gelu":
         raise ConversionError(f"the config's activation is {act!r}; DINOv2 has the exact GELU, 'gelu'")
-    names = {"heads": "num_attention_heads", "eps": "layer_norm_eps"}
-    names |= {"depth": "num_hidden_layers", "registers": "num_register_tokens"}
-    hints = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
-    if wrong := [names[name] for name, value in hints.items() if not isinstance(value, int | float)]:
+    hints = {ours: config[theirs] for ours, theirs in NAMES.items() if theirs in config}
+    if wrong := [NAMES[name] for name, value in hints.items() if not isinstance(value, int | float)]:
         raise ConversionError(f"the config's {', '.join(wrong)} should be numbers")
+    if isinstance(size := config.get("image_size"), int):
+        hints["image"] = (size, size)
     gated = config.get("use_swiglu_ffn") or config.get("use_gated_mlp")
     return hints if gated else {**hints, "mlp": ACTIVATIONS[act]}
 
@@ -398,8 +449,9 @@ def open_clip_hints(path: Path) -> dict[str, Any]:
         hints = architecture_hints(vision["timm_model_name"]) if vision.get("timm_model_name") else {}
         if vision.get("timm_pool"):
             hints["pool"] = POOLS[vision["timm_pool"]]
-        side = vision.get("image_size", 224)
-        if not hints:
+        hints["image"] = pixels(vision.get("image_size", 224))
+        side, square = hints["image"][0], hints["image"][0] == hints["image"][1]
+        if not vision.get("timm_model_name"):
             pooled = vision.get("pool_type", "tok") != "tok" or vision.get("final_ln_after_pool")
             if pooled or vision.get("attentional_pool") or set(vision.get("act_kwargs") or {}) - {"approximate"}:
                 raise ConversionError(f"{path} asks for a pooling or activation that is not known here")
@@ -407,7 +459,7 @@ def open_clip_hints(path: Path) -> dict[str, Any]:
             hints["mlp"] = "quick_gelu" if model.get("quick_gelu") else "gelu_tanh" if tanh else "gelu"
             hints["heads"] = vision["width"] // vision.get("head_width", 64)
             hints["eps"] = float((vision.get("norm_kwargs") or {}).get("eps", 1e-5))
-        if "mean" in prepare:
+        if "mean" in prepare and square:
             hints["preprocess"] = Preprocess(side, side, tuple(prepare["mean"]), tuple(prepare["std"]))
     except ConversionError:
         raise
@@ -418,7 +470,7 @@ def open_clip_hints(path: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConversionError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -478,7 +530,22 @@ def _refusal(error: Exception, revision: str | None) -> str:
 # Live modules ---------------------------------------------------------------------------------------------------------
 
 
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Where torch.compile, DataParallel, FSDP and activation checkpointing keep the model that they wrap."""
+
+
+def unwrapped(module: Any) -> Any:
+    """The model within wrappers that change neither its weights nor what it computes."""
+    while True:
+        inner = (getattr(module, name, None) for name in WRAPPERS if name in getattr(module, "_modules", ()))
+        inside = next(inner, None)
+        if inside is None or len(module._modules) > 1:
+            return module
+        module = inside
+
+
 def _module(module: Any) -> Source:
+    module = unwrapped(module)
     kind = type(module)
     config = getattr(module, "config", None)
     hints = transformers_hints(config.to_dict()) if config is not None and hasattr(config, "to_dict") else {}

@@ -7,16 +7,14 @@ A bare file is taken where only one published family fits, and else asks for the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from jaxvit import Preprocess, ViTConfig
+from jaxvit import Preprocess
 
-from .engine import ConversionError, Layout, Tensors
-from .meta import Names, read_config, shape_of, table
+from .engine import ConversionError, Decided, Layout, Tensors
+from .meta import Names, read_config, table
+from .published import architectures, kinds
 
 PACKED, SPLIT = Names(), Names(gates=("fc1_g", "fc1_x"))
 """A SwiGLU whose gate and value are one matrix, and one of two."""
@@ -30,27 +28,49 @@ def names_of(tensors: Tensors) -> Names:
     return SPLIT if SPLIT_GATE in tensors else PACKED
 
 
-def config(tensors: Tensors, hints: Mapping[str, Any]) -> ViTConfig:
-    if "heads" not in hints and (unclear := not_told(tensors)):
+def config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
+    if unclear := [words for words, fields in not_told(tensors).items() if not hints.keys() >= set(fields)]:
+        fields = dict.fromkeys(f for words in unclear for f in not_told(tensors)[words] if f not in hints)
         raise ConversionError(
-            f"names and shapes of this timm checkpoint do not tell {unclear}: say which architecture it is, "
-            f"such as architecture='vit_base_patch16_clip_224' or --architecture vit_base_patch16_clip_224"
+            f"names and shapes of this timm checkpoint do not tell {' and '.join(unclear)}: say which architecture it "
+            f"is, such as architecture='vit_base_patch16_clip_224' or --architecture vit_base_patch16_clip_224, or say "
+            f"{', '.join(fields)} (--set {next(iter(fields))}=..)"
+        )
+    if "pos_embed" not in tensors and hints.get("positions") is not False:
+        raise ConversionError(
+            "this timm checkpoint has no positions (pos_embed): a model with rotary positions, such as DINOv3, is "
+            "known by its registers (storage_tokens, reg_token); if it really has none, say --set positions=false "
+            "(config={'positions': False})"
         )
     # timm gives the embedding of patches a bias just where no norm follows it, and every classifier one.
     always = {"patch_bias": "norm_pre.weight" not in tensors}
-    return read_config(tensors, hints, names_of(tensors), always=always, resampling="bicubic_antialias")
+    found = read_config(
+        tensors,
+        hints,
+        names_of(tensors),
+        families=("timm",),
+        alone=False,
+        always=always,
+        resampling="bicubic_antialias",
+    )
+    c = found.config
+    custom = (c.width, c.depth) not in {kind[1:3] for kind in kinds()}
+    guessed = ("mlp", "eps", "final_norm", "pool") if custom else ()
+    assumed: dict[str, str] = dict.fromkeys(guessed, "as most of timm's models have it")
+    assumed["preprocess"] = "timm's models differ in it, and the file does not tell"
+    return found.assuming({**assumed, **found.assumed}, hints)
 
 
-def not_told(tensors: Tensors) -> str:
-    """What cannot be known of a checkpoint without its architecture; nothing where one family fits alone."""
+def not_told(tensors: Tensors) -> dict[str, tuple[str, ...]]:
+    """What cannot be known of a checkpoint without its architecture -> the fields of the config that it stands for."""
+    unclear: dict[str, tuple[str, ...]] = {}
     if "norm_pre.weight" in tensors:
-        return "its activation (CLIP's, or the exact GELU)"
+        unclear["its activation (CLIP's, or the exact GELU)"] = ("mlp", "eps")
     if "cls_token" not in tensors:
-        return "its activation and pooling"
-    if "blocks.0.norm1.bias" not in tensors or "blocks.0.attn.norm.weight" in tensors or "norm.weight" not in tensors:
-        return "its pooling and epsilon"
-    width = shape_of(tensors, "patch_embed.proj.weight", 4)[0]
-    return f"the number of heads of width {width}" if width in (1152, 1280, 1408, 1664) else ""
+        unclear["its activation and pooling"] = ("heads", "mlp", "eps", "pool")
+    elif "blocks.0.norm1.bias" not in tensors or "blocks.0.attn.norm.weight" in tensors or "norm.weight" not in tensors:
+        unclear["its pooling and epsilon"] = ("pool", "eps")
+    return unclear
 
 
 def is_timm(tensors: Tensors, hints: Mapping[str, Any]) -> bool:
@@ -76,12 +96,6 @@ FACTS = ("heads", "mlp", "eps", "final_norm", "pool", "pool_prefix")
 """Fields of a config that an architecture decides, and tensors do not show."""
 
 
-@cache
-def architectures() -> dict[str, dict[str, Any]]:
-    """Name -> its `FACTS` and preparation, or {"refused": why}; written by `python -m benchmarks architectures`."""
-    return json.loads((Path(__file__).with_name("architectures.json")).read_text())
-
-
 def architecture_hints(name: str) -> dict[str, Any]:
     """What is known of a timm architecture; "vit_base_patch16_224.augreg_in1k" is one with a tag.
 
@@ -95,7 +109,8 @@ def architecture_hints(name: str) -> dict[str, Any]:
         raise ConversionError(f"{name} cannot be converted: {known['refused']}")
     resize, crop, mean, std = known["preprocess"]
     preprocess = Preprocess(resize, crop, tuple(mean), tuple(std))
-    return {"library": "timm", "architecture": name, **known, "preprocess": preprocess}
+    facts = {field: known[field] for field in FACTS}
+    return {"library": "timm", "architecture": name, **facts, "preprocess": preprocess}
 
 
 POOLS = {"token": "cls", "avg": "mean", "map": "attention"}
@@ -107,9 +122,24 @@ def folder_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     changed = {name: value for name, value in (config.get("model_args") or {}).items() if name not in SHAPES}
     if changed:
         raise ConversionError(f"the config.json changes the architecture by {changed}, which is not known here")
-    if (pool := config.get("global_pool")) is not None and POOLS.get(pool) != hints["pool"]:
-        hints["pool"] = POOLS.get(pool, hints["pool"])
+    if pool := config.get("global_pool"):  # "" leaves tokens as they are
+        if pool not in POOLS:
+            raise ConversionError(f"the config.json asks for the pooling {pool!r}; known: {', '.join(POOLS)}")
+        hints["pool"] = hints["pool"] if hints["pool"] == "distilled" and pool == "token" else POOLS[pool]
+    if size := (config.get("model_args") or {}).get("img_size") or (config.get("pretrained_cfg") or {}).get(
+        "input_size"
+    ):
+        hints["image"] = pixels(size)
     return hints | preprocess_hints(config.get("pretrained_cfg") or {})
+
+
+def pixels(size: Any) -> tuple[int, int]:
+    """Height and width from one number, both, or those behind a number of channels."""
+    try:
+        height, width = (size, size) if isinstance(size, int) else size[-2:]
+        return int(height), int(width)
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"the config makes no sense: {size!r} is no size of images") from error
 
 
 SHAPES = ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad", "num_classes", "reg_tokens", "class_token")
@@ -122,9 +152,13 @@ def preprocess_hints(pretrained: Mapping[str, Any]) -> dict[str, Any]:
     if not size:
         return {}
     try:
-        side = int(size[-1])
+        side = min(map(int, size[-2:]))
         mean, std = (tuple(float(x) for x in pretrained[name]) for name in ("mean", "std"))
-        return {"preprocess": Preprocess(int(side // crop), side, mean, std)}  # type: ignore[arg-type]
+        hints: dict[str, Any] = {"preprocess": Preprocess(int(side // crop), side, mean, std)}  # type: ignore[arg-type]
+        if size[-1] != size[-2]:
+            trained = f"squares, as jaxvit.prepare makes them; the model was trained on {size[-2]}x{size[-1]}"
+            hints["unsure"] = {"preprocess": trained}
+        return hints
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ConversionError(f"the pretrained_cfg in config.json makes no sense: {error!r}") from error
 
@@ -154,6 +188,7 @@ def module_hints(module: Any) -> dict[str, Any]:
     }
     if getattr(module, "pos_embed", None) is not None:
         hints["grid"] = tuple(module.patch_embed.grid_size)
+    hints["positions"] = "grid" in hints
     return hints | preprocess_hints(getattr(module, "pretrained_cfg", None) or {})
 
 
@@ -203,6 +238,8 @@ def refusal(module: Any) -> str:
         return f"its MLP is a {type(block.mlp).__name__} with {block.mlp.act}"
     if module.global_pool not in POOLS:
         return f"its pooling is {module.global_pool!r}"
+    if module.global_pool == "avg" and module.pool_include_prefix and module.num_prefix_tokens:
+        return "its average pooling includes the tokens before the patches"
     if len({(type(b).__name__, b.attn.num_heads, b.norm1.eps, activation_of(b.mlp)) for b in module.blocks}) > 1:
         return "its blocks differ"
     norms = {type(norm).__name__ for norm in (block.norm1, block.norm2)}

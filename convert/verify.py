@@ -270,9 +270,10 @@ def random_images(model: ViT, size: Size, seed: int = 0, tokens: int = 500) -> n
 def certificate(
     comparisons: Mapping[str, Comparison], config: ViTConfig, original: Original, checksums: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What parity.json holds: everything measured, and between what."""
+    """What parity.json holds: everything measured, between what, and the assumptions that both sides share."""
     return {
         "passed": all(c.passed for c in comparisons.values()),
+        "assumptions": list(original.assumed),
         "original": original.name,
         "limits": {"float64 error": FLOAT64_LIMIT, "float32 error / the original's": FLOAT32_LIMIT},
         "sha256": dict(checksums),

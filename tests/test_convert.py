@@ -882,13 +882,19 @@ def test_config_that_contradicts(tmp_path, change, words):
     fails(tmp_path, *words)
 
 
-def test_config_that_says_nothing(tmp_path):
-    """A config of another model around the backbone, which keeps the backbone's a level down."""
+def test_config_of_another_model(tmp_path):
+    """Around the backbone, whose config is a level down; else it is not known what it leaves out."""
     write_safetensors(tmp_path / "model.safetensors", transformers_state(CONFIG, NUMBERS))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "depth_anything", "backbone_config": {}}))
+    path = tmp_path / "config.json"
+    backbone = transformers_json(CONFIG)
+    path.write_text(json.dumps({"model_type": "depth_anything", "backbone_config": backbone}))
     assert_holds(convert.load(tmp_path), CONFIG, NUMBERS)
+    for unknown in ({"model_type": "depth_anything", "backbone_config": {}}, {"model_type": "depth_anything"}):
+        path.write_text(json.dumps(unknown))
+        fails(tmp_path, "model type depth_anything", "--set heads=")
+        assert_holds(convert.load(tmp_path, config={"heads": 1, "mlp": "gelu", "eps": 1e-6}), CONFIG, NUMBERS)
     for text in ("no json", "[]"):
-        (tmp_path / "config.json").write_text(text)
+        path.write_text(text)
         fails(tmp_path, "config.json")
 
 

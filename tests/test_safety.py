@@ -22,7 +22,8 @@ from layouts import hub_state, numbers, tiny, write_safetensors, write_shards
 
 import convert
 from convert import ConversionError, sources
-from convert.sources import open_source
+from convert.sources import _json, open_source
+from convert.torchscript import tensor as rebuilt
 from jaxvit import Preprocess
 from jaxvit.model.params import to_params
 
@@ -175,8 +176,52 @@ def test_openai_archives(tmp_path):
     state = {name: tensor.half() for name, tensor in clip_state().items()}
     about = dict(input_resolution=16, context_length=77, vocab_size=100)
     model = convert.load(script(Visual(state, **about), tmp_path / "ViT.pt"))
-    assert model.config.mlp == "quick_gelu" and model.config.classes == 24
+    assert model.config.mlp == "quick_gelu" and model.config.projection == 24
     same(model, convert.load(state, config={"mlp": "quick_gelu"}))
+
+
+def test_torchscript_is_not_run(tmp_path, monkeypatch):
+    """Not a line of its code, which torch.jit.load compiles and in part runs."""
+    state = {name: tensor.half() for name, tensor in clip_state().items()}
+    path = script(Visual(state, input_resolution=16, context_length=77, vocab_size=100), tmp_path / "ViT.pt")
+    whole = convert.load(path)
+    with zipfile.ZipFile(path) as archive:
+        code = {name: b"def f(:" for name in archive.namelist() if "/code/" in name}
+    assert code
+    replaced(path, tmp_path / "b.pt", code)
+    monkeypatch.setattr(torch.jit, "load", None)
+    same(convert.load(tmp_path / "b.pt"), whole)
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_in_torchscript_do_not_run(tmp_path, protocol):
+    marker = tmp_path / "ran"
+    script(torch.nn.Linear(2, 2), tmp_path / "b.pt")
+    for content in (Payload(marker), {"a": Payload(marker)}, [eval], getattr):
+        payload = pickle.dumps(content, protocol=protocol)
+        replaced(tmp_path / "b.pt", tmp_path / "c.pt", {"b/data.pkl": payload})
+        fails(tmp_path / "c.pt", "c.pt is not a complete TorchScript archive", "not trusted")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "offset, size, stride", [(5, (2,), (1,)), (0, (7,), (1,)), (-1, (2,), (1,)), (0, (2,), (-1,)), (0, (99,), (0,))]
+)
+def test_tensors_stay_within_their_storage(offset, size, stride):
+    with pytest.raises(ValueError, match="tensor"):
+        rebuilt(np.zeros(6, np.float32), offset, size, stride)
+    np.testing.assert_array_equal(rebuilt(np.arange(6), 1, (2, 2), (1, 2)), [[1, 3], [2, 4]])
+
+
+def test_configs_are_utf_8(tmp_path):
+    assert _json_of(tmp_path, '{"name": "é"}'.encode()) == {"name": "é"}
+    with pytest.raises(ConversionError, match="is not JSON"):
+        _json_of(tmp_path, '{"name": "é"}'.encode("latin-1"))
+
+
+def _json_of(folder, content):
+    (folder / "config.json").write_bytes(content)
+    return _json(folder / "config.json")
 
 
 def test_torchscript_of_other_things(tmp_path):

@@ -138,7 +138,7 @@ def of_source(source: Mapping[str, Any]) -> Iterable[str]:
     revision = f" at revision {source['revision']}" if "revision" in source else ""
     layout = f", in the layout {source['layout']}" if "layout" in source else ""
     yield f"source: {what}{library}{revision}{layout}"
-    for name in ("revision given", "architecture", "config given"):
+    for name in ("revision given", "branch", "architecture", "config given"):
         if name in source:
             yield f"  {name}: {source[name]}"
     for file, digest in {**source.get("sha256", {}), **source.get("config sha256", {})}.items():
@@ -151,8 +151,7 @@ def of_parity(parity: Mapping[str, Any] | None) -> Iterable[str]:
     if parity is None:
         yield "parity: not verified; jaxvit verify compares it with its original"
         return
-    verdict = "equal within the limits" if parity["passed"] else "NOT EQUAL within the limits"
-    yield f"parity: {verdict}, compared with {parity['original']}"
+    yield f"parity: {verdict(parity)}, compared with {parity['original']}"
     for size, found in parity["sizes"].items():
         yield (
             f"  {size} px: float64 error {found['worst float64']:.1e}, "
@@ -161,6 +160,13 @@ def of_parity(parity: Mapping[str, Any] | None) -> Iterable[str]:
     for file, digest in (parity["sha256"] | parity["sha256 of the original"]).items():
         yield f"  {file}: sha256 {digest}"
     yield f"  with {named_versions(parity['versions'])}"
+
+
+def verdict(parity: Mapping[str, Any]) -> str:
+    """What a certificate says. Assumptions that the original was built on too are not proven by comparing with it."""
+    equal = "equal within the limits" if parity["passed"] else "NOT EQUAL within the limits"
+    shared = parity.get("assumptions")
+    return f"{equal}, if the assumptions hold: {', '.join(shared)}" if shared and parity["passed"] else equal
 
 
 def named_versions(versions: Mapping[str, str]) -> str:
