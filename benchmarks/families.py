@@ -32,6 +32,7 @@ from convert.originals import (
 )
 from convert.verify import Comparison, Size, compare, random_images
 from jaxvit import ViTConfig
+from jaxvit.model.params import from_params, to_params
 
 DOCS = Path("docs/families.md")
 DEPTH = {True: 1, False: 2}

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxvit import ViTConfig
+
 from .engine import Decided, Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv, split_linear
 from .meta import (
     PLAIN,

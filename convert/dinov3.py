@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxvit import ViTConfig
 from jaxvit.model.positions import rope_periods
 
 from .engine import ConversionError, Decided, Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv

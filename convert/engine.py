@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import fnmatch
 import math
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -201,6 +202,10 @@ class Renamed(Mapping[str, np.ndarray]):
         return len(self.names)
 
 
+WRAPPED = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+"""What torch.compile, FSDP and activation checkpointing put into names, before a model or before each block."""
+
+
 def locate(
     layouts: Sequence[Layout], tensors: Tensors, hints: Mapping[str, Any] | None = None
 ) -> tuple[Layout, Renamed]:
@@ -211,9 +216,10 @@ def locate(
     Raises:
       ConversionError: none of the layouts, or one in which two tensors have the same name.
     """
+    keys = [WRAPPED.sub(r"\1", key) for key in tensors]
     for layout in layouts:
         first = layout.anchors[0]
-        for prefix in sorted((key[: -len(first)] for key in tensors if key.endswith(first)), key=_preference):
+        for prefix in sorted((key[: -len(first)] for key in keys if key.endswith(first)), key=_preference):
             # Outside a wrapper, `norm.weight` is not the wrapped model's: it must neither replace that nor stand in.
             names = [
                 layout.rename(key.removeprefix(prefix))
@@ -221,7 +227,7 @@ def locate(
                 else key
                 if key in layout.outside
                 else f"{key} (outside {prefix})"
-                for key in tensors
+                for key in keys
             ]
             renamed = Renamed(tensors, dict(zip(names, tensors, strict=True)), prefix)
             if all(anchor in renamed for anchor in layout.anchors) and layout.accepts(renamed, hints or {}):

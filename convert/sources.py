@@ -239,8 +239,19 @@ NETWORKS: dict[str, tuple[str, ...]] = {
 """Branch -> where training checkpoints keep its state dict, among optimiser states and counters."""
 
 
-def _state_dict(content: Mapping[Any, Any], branch: Branch | None) -> tuple[Mapping[Any, Any], str]:
+def has_tensors(content: Mapping[Any, Any], levels: int) -> bool:
+    """Whether this is a state dict, or holds one so many levels down."""
+    return any(
+        hasattr(value, "shape") or (levels > 1 and isinstance(value, Mapping) and has_tensors(value, levels - 1))
+        for name, value in content.items()
+        if isinstance(name, str)
+    )
+
+
+def _state_dict(content: Mapping[Any, Any], branch: Branch | None, levels: int = 2) -> tuple[Mapping[Any, Any], str]:
     """The state dict of a training checkpoint, and where it was; nothing if `content` is a state dict itself.
+
+    It may be so many levels down, under a name that is not known if nothing else of its level holds tensors.
 
     The rule: of a self-distillation the teacher, else the moving average of weights, as timm does, else the weights
     that were optimised. `branch` asks for one of them.
@@ -255,7 +266,14 @@ def _state_dict(content: Mapping[Any, Any], branch: Branch | None) -> tuple[Mapp
     for each in wanted:
         if each in held:
             others = ", ".join(name for other, name in held.items() if other != each)
-            return content[held[each]], f"{each}, from {held[each]}" + (f"; {others} not taken" if others else "")
+            state = content[held[each]]
+            if levels and each == "raw" and not any(hasattr(value, "shape") for value in state.values()):
+                state = _state_dict(state, branch, levels - 1)[0]
+            return state, f"{each}, from {held[each]}" + (f"; {others} not taken" if others else "")
+    inside = [name for name, value in content.items() if isinstance(value, Mapping) and has_tensors(value, levels)]
+    if levels and len(inside) == 1 and not held and not any(hasattr(value, "shape") for value in content.values()):
+        state, taken = _state_dict(content[inside[0]], branch, levels - 1)
+        return state, taken or f"raw, from {inside[0]}"
     if branch is None:
         return content, ""
     inner = content[held["raw"]] if "raw" in held else content

@@ -366,3 +366,35 @@ def test_a_model_without_positions_is_asked_about(tmp_path):
     asks(state, "no positions", "DINOv3", "--set positions=false")
     assert convert.load(state, config={"positions": False}).config.positions is False
     assert convert.load(module_of(depth=1, width=64, heads=1, positions=False)).config.positions is False
+
+
+# Wrappers in names ----------------------------------------------------------------------------------------------------
+
+
+WRAPPED = {
+    "before": lambda n: f"module._orig_mod.{n}",
+    "in each block": lambda n: n.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."),
+    "both": lambda n: (
+        "_orig_mod." + n.replace("blocks.0.", "blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.")
+    ),
+}
+NESTED = {
+    "two levels": lambda state: {"model": {"state_dict": state}, "epoch": 1},
+    "another name": lambda state: {"network": state, "epoch": 1, "optimizer": {"state": {}, "param_groups": []}},
+    "another name, two levels": lambda state: {"checkpoint": {"weights": state}, "epoch": 1},
+}
+
+
+@pytest.mark.parametrize("how", [*WRAPPED, *NESTED])
+def test_wrappers_and_levels_are_taken_off(how):
+    config = tiny(depth=1)
+    state = hub_state(config, numbers(config))
+    source = {WRAPPED[how](n): a for n, a in state.items()} if how in WRAPPED else NESTED[how](state)
+    assert original_of(source).config == convert.load(source).config
+    np.testing.assert_array_equal(convert.load(source).norm.scale[...], state["norm.weight"])
+
+
+def test_two_models_under_unknown_names_are_not_chosen_from():
+    config = tiny(depth=1)
+    state = hub_state(config, numbers(config))
+    asks({"one": state, "other": state}, "not a state dict", "'one', 'other'")

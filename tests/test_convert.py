@@ -683,7 +683,9 @@ def test_other_models(names):
     fails(state, "known layout", *(layout.name for layout in LAYOUTS), *names[:5])
 
 
-@pytest.mark.parametrize("state", [{0: np.zeros(3)}, {"a": 3}, {"a": None}, {"a": {"b": np.zeros(3)}}], ids=str)
+@pytest.mark.parametrize(
+    "state", [{0: np.zeros(3)}, {"a": 3}, {"a": None}, {"a": {"b": {"c": {"d": np.zeros(3)}}}}], ids=str
+)
 def test_mappings_that_are_no_state_dicts(state):
     fails(state, "not a state dict")
 
