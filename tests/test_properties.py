@@ -245,7 +245,7 @@ def named(message, *states):
 
 
 WRAPPERS = re.compile(r"^(visual|vision_model|dinov2|model)\.")
-WITHOUT_NAMES = ("patches of", "do not tell its", "parameters", "should", "must be", "reads a token")
+WITHOUT_NAMES = ("patches of", "do not tell", "parameters", "should", "must be", "reads a token")
 """Errors about sizes, and about what a checkpoint without some of its names would be."""
 
 
