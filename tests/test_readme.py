@@ -118,7 +118,7 @@ def test_targets_exist(target):
 
 
 COMMANDS = re.findall(
-    r"(?:^    |`)((?:jaxvit (?=[a-zA-Z])|python -m benchmarks)[^`\n]*)(?:`|$)",
+    r"(?:^    |`)((?:jaxvit (?=[a-zA-Z])|python -m benchmarks(?![.\w]))[^`\n]*)(?:`|$)",
     "\n".join([README, *PAGES.values()]),
     re.MULTILINE,
 )
