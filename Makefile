@@ -15,7 +15,8 @@ demo: .venv/demo
 
 # ARGS: more arguments of pytest, such as ARGS="-k positions". A file's tests run in one process, so that they share what
 # they compile; tests/conftest.py puts the files that take longest first.
-PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Few malloc arenas: XLA's and PyTorch's threads would each keep memory of their own.
+PYTEST = MALLOC_ARENA_MAX=2 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: .venv/test
 	$(PYTEST) -m "not long" $(ARGS)
 

@@ -28,6 +28,7 @@ from jaxvit import (
     sweep,
 )
 from jaxvit.interventions import sweeps
+from jaxvit.interventions.registers import _scores
 from jaxvit.interventions.statistics import _moments
 from jaxvit.model import attention
 from jaxvit.model.params import abstract
@@ -260,6 +261,17 @@ def test_statistics_hold_one_layer_at_a_time():
     assert peak(20) - peak(2) < one_trace  # 18 more layers take less than one more layer's trace
 
 
+def test_a_search_for_register_neurons_holds_one_layer_at_a_time():
+    def peak(depth):
+        config = ViTConfig(**TINY | dict(depth=depth, grid=(16, 16)))
+        images, valid = jax.ShapeDtypeStruct((4, 64, 64, 3), "float32"), jax.ShapeDtypeStruct((4,), bool)
+        layers = tuple(range(depth))
+        return temporary(_scores, abstract(config), images, valid, None, outliers_at=-1, layers=layers)
+
+    one_trace = 4 * 257 * 48 * 4
+    assert peak(20) - peak(2) < one_trace
+
+
 def test_rematerialised_blocks_give_the_same_gradients_in_less_memory(model, images):
     def gradient(model, images, remat):
         return jax.grad(lambda images: (model(images, remat=remat).cls ** 2).sum())(images)
@@ -279,9 +291,11 @@ def test_outputs_show_shapes_and_not_numbers(model, images):
     out = model(images, record="pattern")
     assert repr(out) == (
         "Output(cls=float32[2, 32], registers=float32[2, 3, 32], patches=float32[2, 24, 32], "
-        "tokens=float32[2, 28, 32], pooled=float32[2, 32], logits=None, projection=None, "
-        "trace={pattern: float32[3, 2, 4, 4, 28]})"
+        "tokens=float32[2, 28, 32], trace={pattern: float32[3, 2, 4, 4, 28]}, pooled=float32[2, 32], "
+        "logits=None, projection=None)"
     )
+    assert repr(out.trace) == "{pattern: float32[3, 2, 4, 4, 28]}"
+    assert jax.tree.map(lambda a: a, out.trace).keys() == {"pattern"}
     assert len(repr(model)) < 200 and "\n" not in repr(model)
 
 

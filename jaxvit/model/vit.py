@@ -9,6 +9,7 @@ an argument. All blocks are one `Block` whose parameters have a leading axis L, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +31,22 @@ from jaxvit.model.run import Remat, check_choices, checked_edits, run_blocks
 from jaxvit.model.sites import Plan, Record, recording_plan
 from jaxvit.model.tap import Tap
 from jaxvit.model.tokens import TokenLayout
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Trace(dict[str, Array]):
+    """What a run recorded, site -> [recorded layers, *axes of the site]; prints shapes, not numbers."""
+
+    def __repr__(self) -> str:
+        return f"{{{', '.join(f'{site}: {shown(value)}' for site, value in self.items())}}}"
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[str, ...]]:
+        sites = tuple(sorted(self))
+        return tuple((jax.tree_util.DictKey(site), self[site]) for site in sites), sites
+
+    @classmethod
+    def tree_unflatten(cls, sites: tuple[str, ...], values: Iterable[Any]) -> Trace:
+        return cls(zip(sites, values, strict=True))
 
 
 class Output(NamedTuple):
@@ -55,9 +72,7 @@ class Output(NamedTuple):
 
     def __repr__(self) -> str:
         """Shapes, not numbers."""
-        fields = self._asdict()
-        trace = ", ".join(f"{site}: {shown(value)}" for site, value in fields.pop("trace").items())
-        return f"Output({', '.join(f'{k}={shown(v)}' for k, v in fields.items())}, trace={{{trace}}})"
+        return f"Output({', '.join(f'{name}={shown(value)}' for name, value in self._asdict().items())})"
 
 
 def shown(value: object) -> str:
@@ -67,6 +82,12 @@ def shown(value: object) -> str:
 
 
 jax.export.register_namedtuple_serialization(Output, serialized_name="jaxvit.Output")
+jax.export.register_pytree_node_serialization(
+    Trace,
+    serialized_name="jaxvit.Trace",
+    serialize_auxdata=lambda sites: ",".join(sites).encode(),
+    deserialize_auxdata=lambda stored: tuple(filter(None, stored.decode().split(","))),
+)
 
 
 class Block(nnx.Module):
@@ -269,7 +290,7 @@ class ViT(nnx.Module):
             registers=final[:, c.cls : self.prefix],
             patches=final[:, self.prefix :],
             tokens=tokens_BTD,
-            trace=trace,
+            trace=Trace(trace),
             pooled=pooled,
             logits=head if c.classes else None,
             projection=head if c.projection else None,
