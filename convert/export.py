@@ -111,7 +111,9 @@ def export(model: ViT, path: str | os.PathLike[str], layout: str, *, overwrite: 
     if path.suffix != ".safetensors":
         raise ConversionError(f"{path} must end in .safetensors: no other kind of file is written")
     if path.is_dir() or (os.path.lexists(path) and not overwrite):
-        raise ConversionError(f"{path} exists: choose another name{'' if path.is_dir() else ', or overwrite it'}")
+        raise ConversionError(
+            f"{path} exists: choose another name{'' if path.is_dir() else ', or give --overwrite (overwrite=True)'}"
+        )
     state = state_dict(model, layout)
     try:
         with replacing_file(path) as temporary:

@@ -268,12 +268,16 @@ def random_images(model: ViT, size: Size, seed: int = 0, tokens: int = 500) -> n
 
 
 def certificate(
-    comparisons: Mapping[str, Comparison], config: ViTConfig, original: Original, checksums: Mapping[str, str]
+    comparisons: Mapping[str, Comparison],
+    config: ViTConfig,
+    original: Original,
+    checksums: Mapping[str, str],
+    assumed: Sequence[str],
 ) -> dict[str, Any]:
     """What parity.json holds: everything measured, between what, and the assumptions that both sides share."""
     return {
         "passed": all(c.passed for c in comparisons.values()),
-        "assumptions": list(original.assumed),
+        "assumptions": list(assumed),
         "original": original.name,
         "limits": {"float64 error": FLOAT64_LIMIT, "float32 error / the original's": FLOAT32_LIMIT},
         "sha256": dict(checksums),
@@ -324,6 +328,16 @@ def differing_sizes(ours: ViTConfig, theirs: ViTConfig) -> str:
     )
 
 
+def shared_assumptions(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
+    """What neither side was told: a comparison cannot see whether it is right. Assumptions start with a field's name.
+
+    The original is built with the model's own rule of resampling, so that an assumption about that is always shared.
+    """
+    fields_of_ours = {assumption.split()[0] for assumption in ours}
+    shared = [assumption for assumption in theirs if assumption.split()[0] in fields_of_ours]
+    return shared + [each for each in ours if each.startswith("resampling ") and each not in shared]
+
+
 def verify_folder(
     folder: str | os.PathLike[str],
     source: Any,
@@ -347,7 +361,8 @@ def verify_folder(
     if differ := differing_sizes(model.config, original.config):
         raise ConversionError(f"{folder} and the original are different models: {differ}")
     comparisons = verify(model, original, sizes, progress=progress)
-    report = certificate(comparisons, model.config, original, {WEIGHTS: sha256(folder / WEIGHTS)})
+    assumed = shared_assumptions(jaxvit.describe(folder).assumptions, original.assumed)
+    report = certificate(comparisons, model.config, original, {WEIGHTS: sha256(folder / WEIGHTS)}, assumed)
     with replacing_file(folder / PARITY) as temporary:
         write_json(temporary, report)
     return comparisons

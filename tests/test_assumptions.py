@@ -22,6 +22,7 @@ from convert.published import kinds
 from convert.sources import DEFAULTS
 from convert.verify import Size, compare, random_images
 from jaxvit import ViTConfig
+from jaxvit.convert.verify import shared_assumptions
 
 SMALL = dict(depth=12, width=384, heads=12, hidden=32, patch=16, grid=(2, 2), layer_scale=False)
 """As wide and deep as DINO's S, which has 6 heads, and MoCo v3's, which has 12; with a narrow MLP."""
@@ -398,3 +399,11 @@ def test_two_models_under_unknown_names_are_not_chosen_from():
     config = tiny(depth=1)
     state = hub_state(config, numbers(config))
     asks({"one": state, "other": state}, "not a state dict", "'one', 'other'")
+
+
+def test_an_assumption_is_shared_if_neither_side_was_told():
+    """The original is built with the model's rule of resampling: an assumption about that is always shared."""
+    ours = ("resampling bicubic_offset (the names are DINO's)", "grid 2x2 (a square)", "preprocess .. (DINO's)")
+    theirs = ("grid 2x2 (a square)", "heads 3 (width / 64)")  # the folder was told its heads, or they would differ
+    assert shared_assumptions(ours, theirs) == ["grid 2x2 (a square)", ours[0]]
+    assert shared_assumptions((), theirs) == []

@@ -273,7 +273,7 @@ def test_a_source_that_is_not_json_leaves_nothing(other, tmp_path):
 
 def test_a_model_is_replaced_only_when_asked_to(folder, other):
     before = contents(folder.parent)
-    with pytest.raises(CheckpointError, match="already holds a model: choose another folder, or overwrite it"):
+    with pytest.raises(CheckpointError, match="already holds a model: choose another folder, or give --overwrite"):
         jaxvit.save(other, folder)
     assert contents(folder.parent) == before
     jaxvit.save(other, folder, overwrite=True)

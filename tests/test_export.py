@@ -301,7 +301,7 @@ def test_numbers_that_are_none_are_refused():
 def test_files_are_not_overwritten(tmp_path):
     path, model = tmp_path / "model.safetensors", model_of("dino")
     path.write_text("mine")
-    with pytest.raises(ConversionError, match="exists: choose another name, or overwrite it"):
+    with pytest.raises(ConversionError, match="exists: choose another name, or give --overwrite"):
         export(model, path, "timm")
     assert path.read_text() == "mine"
     export(model, path, "timm", overwrite=True)

@@ -113,6 +113,7 @@ def test_largest_names_the_places_of_the_largest_values():
     array = NamedArray(np.array([[0.5, np.nan, -3], [2, 1, 0]]), {"layer": (0, 1), "control": CONTROLS})
     assert array.largest() == [({"layer": 1, "control": "zero"}, 2)]
     assert [value for _, value in array.largest(99)] == [2, 1, 0.5, 0, -3]
+    assert [value for _, value in array.smallest(99)] == [-3, 0, 0.5, 1, 2]
     first, second = array.largest(2, magnitude=True)
     assert first == ({"layer": 0, "control": "noise"}, -3) and second[1] == 2
 

@@ -90,6 +90,15 @@ class NamedArray:
             for at in places
         ]
 
+    def smallest(self, n: int = 1) -> list[tuple[dict[str, Label], float]]:
+        """Where the n smallest values are, and what they are. NaN never is.
+
+        Example:
+          sweep(model, images, edits, grids.heads(model)).mean("image").smallest(5)  # the heads that matter most
+        """
+        opposite = NamedArray(-self.values, self.axes, self.name)
+        return [(place, -value) for place, value in opposite.largest(n)]
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.values, dtype, copy=copy)
 

@@ -161,7 +161,9 @@ def check_place(folder: str | os.PathLike[str], overwrite: bool) -> None:
         except CheckpointError as error:
             raise CheckpointError(f"{folder} exists and is not a jaxvit model: choose another folder") from error
         if not overwrite:
-            raise CheckpointError(f"{folder} already holds a model: choose another folder, or overwrite it")
+            raise CheckpointError(
+                f"{folder} already holds a model: choose another folder, or give --overwrite (overwrite=True)"
+            )
 
 
 def save_file(arrays: Mapping[str, np.ndarray], path: Path) -> None:
