@@ -74,7 +74,7 @@ class Layout:
 
     Attributes:
       name: family/library.
-      anchors: names that every checkpoint of the layout has, none of another layout all; prefixes come before them.
+      anchors: tensor names that together identify this layout; prefixes may stand before them.
       config: the config that the tensors imply, and what was assumed; `hints` are what a file beside them says (heads,
         eps, preprocess ..), and `prefix`, which stood before the names.
       rules: the table, for a config and a checkpoint, of which it reads names and shapes alone.

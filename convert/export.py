@@ -161,7 +161,7 @@ def with_biases(target: Target, c: ViTConfig, params: Params) -> tuple[ViTConfig
 
 def check(target: Target, config: ViTConfig, params: Params, state: State) -> None:
     """Raises a ConversionError unless the converter makes exactly this model of the state dict."""
-    # What shapes tell must come from them alone; the grid cannot, where it is no square.
+    # Infer everything from shapes, except a grid that is not square.
     hints = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in MEASURED - {"grid", "positions"}}
     library = {"library": "timm"} if target.layout is timm.LAYOUT else {}
     layout, tensors = locate((target.layout,), state, hints | library)

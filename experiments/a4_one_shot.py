@@ -23,9 +23,9 @@ Options:
 
   draws       how many pairs of a training and a test image are drawn of each class
   per_class   how many images of each class the model reads. Draws share no image as long as every class has two for
-              each draw. Where classes have fewer, only the draws that share none count, if these are two or more; else
-              all do, drawn from the same images anew: then intervals are too short, as they speak of other draws from
-              these images and not of other images, and no statement is decided
+              each draw. If classes are too small, we keep the draws that share no image. If fewer than two remain, we
+              reuse images and decide no statement: the intervals are then too short, as they are about other draws
+              from these images and not about other images
   seed        of the choice of images and of draws
   stage       at which place outputs are read
   bias        leave the bias of the output projection in all outputs at `layerscale`, where zeroed attention leaves it
@@ -73,7 +73,7 @@ TITLES = {"layerscale": "update by attention", "final": "after the final norm"}
 
 class OneShot(Experiment):
     id = "A4"
-    title = "One image of each class: what the parts of the [CLS] update tell of the class"
+    title = "One-shot classification from parts of the [CLS] update"
     figure = "figure 3b"
     shown = (
         "Accuracy of a classifier fitted on the full output of one image of each class, on the full output, the "

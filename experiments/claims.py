@@ -124,7 +124,7 @@ def groups(models: Sequence[About]) -> list[list[About]]:
 
 
 def comparable(models: Sequence[About]) -> list[About]:
-    """Without those of the largest size that were trained at a resolution no smaller model was, if there is another."""
+    """Leaves out a largest model whose training resolution no smaller model shares, unless it is alone in its size."""
 
     def native(about: About) -> tuple[int, ...]:
         return tuple(side * about.config["patch"] for side in about.config["grid"])

@@ -225,10 +225,10 @@ def attribute(
 ) -> NamedArray:
     """Estimates `metric(edited) - metric(clean)` for every point of a grid, to first order (attribution patching).
 
-    One backward pass gives the metric's gradient with respect to the value at every edited site; a point's estimate is
-    its inner product with what the point's edit changes there. That is the derivative of the metric as the point's
-    mask goes from 0 to where it is, taken at 0, and costs no run of the model for a point. Effects that are far from
-    linear (a metric at its maximum in the clean run, such as `cls_cosine`, has derivative 0) need the `sweep`.
+    One backward pass gives the metric's gradient with respect to the value at every edited site. A point's estimate is
+    its inner product with what the point's edit changes there: the directional derivative along the edit, at the clean
+    run. It costs no run of the model for a point. Effects that are far from linear need the `sweep`: a metric at its
+    maximum in the clean run, such as `cls_cosine`, has derivative 0.
 
     Args, returns and raises: as of `sweep`; the metric gives one number an image.
     """

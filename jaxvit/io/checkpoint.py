@@ -223,7 +223,7 @@ def any_entry(folder: Path) -> bool:
 def replacing(folder: Path, own: Collection[str]) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` if the block succeeds, and disappears if it fails.
 
-    What a process left that was killed before it could, the next one that writes the same folder takes away.
+    The next save of the same folder deletes temporary folders of killed processes.
 
     Args:
       own: patterns of names of what is written there; a folder that holds anything else is never replaced.
