@@ -560,7 +560,7 @@ def test_attention_in_blocks_of_rows_is_attention(blocks, monkeypatch):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 24, 3, 8)), jnp.float32) for _ in range(3))
     q = q[:, 1:]  # 23 rows, which some blocks do not divide
-    mask = jnp.asarray(rng.choice([0.0, 0.5, 1.0], size=(1, 3, 24, 24)), jnp.float32)
+    mask = jnp.asarray(rng.choice([0.0, 0.5, 1.0], size=(2, 3, 24, 24)), jnp.float32)
 
     def run(q, k, v, mask):
         def total(q, k, v, mask):

@@ -135,7 +135,7 @@ def fused_attention(
     if factor is None and kernel == "auto" and cudnn_takes(q_BQHd.dtype, q_BQHd.shape[-1]) and cudnn_is_here():
         by_platform["cuda"] = cudnn_attention
     if (blocks := cpu_blocks(q_BQHd.shape, k_BTHd.shape[1])) > 1:
-        by_platform["cpu"] = partial(attention_in_blocks, blocks=blocks, first=first, factor=factor)
+        by_platform["cpu"] = partial(attention_on_cpu, blocks=blocks, first=first, factor=factor)
     if not by_platform:
         return whole(q_BQHd, k_BTHd, v_BTHd)
     choose = partial(jax.lax.platform_dependent, default=whole, **by_platform)
@@ -150,17 +150,39 @@ CPU_BYTES = 2**24
 
 
 def cpu_blocks(shape_BQHd: tuple[Any, ...], tokens: int) -> int:
-    """Into how many blocks query rows are split on a CPU. The batch stays whole, as it may be sharded."""
+    """Into how many blocks query rows are split on a CPU."""
     B, Q, H, _ = shape_BQHd
     if not isinstance(B, int):  # a symbolic size, of an exported program
         return 1
     return min(-(-4 * B * H * Q * tokens // CPU_BYTES), max(Q // 32, 1))
 
 
+def attention_on_cpu(
+    q_BQHd: Array, k_BTHd: Array, v_BTHd: Array, *, blocks: int, first: int, factor: KnockoutFactor | None
+) -> Array:
+    """`attention` in blocks of rows: of long sequences one image after another, unless these are sharded."""
+    blocks_of_one = cpu_blocks((1, *q_BQHd.shape[1:]), k_BTHd.shape[1])
+    sharded = any(axis is not None for axis in jax.typeof(q_BQHd).sharding.spec[:1])
+    if q_BQHd.shape[0] == 1 or blocks_of_one == 1 or sharded:
+        return attention_in_blocks(q_BQHd, k_BTHd, v_BTHd, blocks=blocks, first=first, factor=factor)
+
+    def of_image(image: tuple[Array, Array, Array, Array]) -> Array:
+        *qkv, i = image
+
+        def factor_of_image(rows: Array | np.ndarray, dtype: np.dtype) -> Array:
+            every = factor(rows, dtype) if factor else jnp.ones((1, 1, 1, 1), dtype)
+            return every if every.shape[0] == 1 else jax.lax.dynamic_slice_in_dim(every, i, 1)
+
+        mine = None if factor is None else factor_of_image
+        return attention_in_blocks(*(a[None] for a in qkv), blocks=blocks_of_one, first=first, factor=mine)[0]
+
+    return jax.lax.map(of_image, (q_BQHd, k_BTHd, v_BTHd, jnp.arange(q_BQHd.shape[0])))
+
+
 def attention_in_blocks(
     q_BQHd: Array, k_BTHd: Array, v_BTHd: Array, *, blocks: int, first: int, factor: KnockoutFactor | None
 ) -> Array:
-    """`attention`, for `blocks` blocks of query rows one after another."""
+    """`attention`, for `blocks` blocks of query rows one after another; the batch stays whole."""
     B, Q, H, d = q_BQHd.shape
     rows = -(-Q // blocks)
     padded = jnp.pad(q_BQHd, ((0, 0), (0, rows * blocks - Q), (0, 0), (0, 0)))
