@@ -122,6 +122,23 @@ def test_what_a_function_captures_is_part_of_what_it_computes(model, images):
     assert (found[1][1] != 0).all() and (found[0][1] == 0).all() and (found[2][1] == 0).all()
 
 
+def test_a_kept_program_is_traced_anew_from_the_newest_function(model, images):
+    """Two functions that compute the same share programs; later the first one's captured value changes."""
+    strength = {"value": 1.0}
+    grid = Grid(layer=(0, 1, 2))
+
+    def first(point, clean):
+        return steer(model, "resid_post", strength["value"] * np.arange(32.0), layers=point["layer"])
+
+    def second(point, clean):
+        return steer(model, "resid_post", 1.0 * np.arange(32.0), layers=point["layer"])
+
+    expected = sweep(model, images, first, grid, first_entry, batch_size=1, progress=False).values
+    strength["value"] = 0.0
+    found = sweep(model, images, second, grid, first_entry, batch_size=3, progress=False).values  # traced once more
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_programs_are_told_apart_by_what_they_compute():
     x, big = jnp.ones(300), np.random.default_rng(0).normal(size=300)
     same = Program(lambda x: x * big, x), Program(lambda y: y * np.array(big), x)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from jaxtyping import Array, PyTree
 from jaxvit.io.batches import images_and_valid
 from jaxvit.io.images import Batch
 from jaxvit.io.progress import bar
-from jaxvit.model.programs import Program
+from jaxvit.model.programs import Program, kept
 
 
 def over_images(
@@ -62,6 +61,6 @@ def over_images(
     return jax.tree.map(lambda *a: np.concatenate(a), *found)
 
 
-@lru_cache(maxsize=16)
+@kept(maxsize=16)
 def _compiled(measure: Program) -> Callable[..., Any]:
-    return jax.jit(measure.function)
+    return jax.jit(lambda model, images: measure.function(model, images))

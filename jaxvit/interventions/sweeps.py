@@ -10,7 +10,7 @@ A second sweep with functions that compute the same, and arrays of the same shap
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from jaxvit.io.images import Batch
 from jaxvit.io.progress import bar, length, track
 from jaxvit.model.edits import Edit, Edits, Operation, by_layer, normalise_edits
 from jaxvit.model.layers import wide_dtype
-from jaxvit.model.programs import Program
+from jaxvit.model.programs import Program, kept
 from jaxvit.model.sites import ATTENTION_SITES, Record, Take, as_takes
 from jaxvit.model.vit import Output, ViT
 
@@ -82,7 +82,7 @@ def sweep(
     Raises:
       ValueError: no images, a metric that is not about each image, or an axis of the grid called `image` or `metric`.
     """
-    takes = _static({**as_takes(record_clean), "resid_pre": Take()})
+    takes = tuple({**as_takes(record_clean), "resid_pre": Take()}.items())
     _check(batch_size, grid)
     measure = _together(metric)
     programs, results, labels = None, [], []
@@ -128,11 +128,6 @@ def _clean_run(model: ViT, images: Array, takes: tuple[tuple[str, Take], ...]) -
     return model(images, record=dict(takes))
 
 
-def _static(takes: Mapping[str, Take]) -> tuple[tuple[str, Take], ...]:
-    """What to record, as a value that can be hashed."""
-    return tuple(takes.items())
-
-
 def _point_of(points: Mapping[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
     """The shape of one point."""
     return {axis: jax.ShapeDtypeStruct((), jnp.result_type(numbers)) for axis, numbers in points.items()}
@@ -148,7 +143,7 @@ def _traced(
     gradient: bool = False,
 ) -> tuple[Program, Program, tuple[tuple[str, Take], ...]]:
     """What the programs of a sweep, or with `gradient` of an attribution, are told apart by."""
-    takes = _static(as_takes(record))
+    takes = tuple(as_takes(record).items())
     trace = jax.eval_shape(partial(_clean_run, takes=takes), model, _images_like(model, clean)).trace if takes else {}
     measure = Program(metric, clean._replace(trace=trace), clean, differentiated=gradient)
     return Program(make_edits, _point_of(points), clean), measure, takes
@@ -168,24 +163,23 @@ class _Programs(NamedTuple):
     run: Callable[..., Any]
 
 
-@lru_cache(maxsize=16)
+@kept(maxsize=16)
 def _sweep_programs(edits: Program, measure: Program, takes: tuple[tuple[str, Take], ...]) -> _Programs:
-    """Few are kept, as they keep what their functions hold."""
-    make_edits, metric, record = edits.function, measure.function, dict(takes)
+    record = dict(takes)
 
     @jax.jit
     def first_layers(model: ViT, clean: Output, points: Point) -> Array:
         def one(point: Point) -> Array:
-            return first_edited(normalise_edits(make_edits(point, clean)), model.config.depth)
+            return first_edited(normalise_edits(edits.function(point, clean)), model.config.depth)
 
         return jax.lax.map(one, points)
 
     @jax.jit
     def run(model: ViT, images: Array, clean: Output, points: Point, start: Array) -> Any:
         def one(point: Point) -> Any:
-            edits = make_edits(point, clean)
-            out = model.run_from(0 if record else start, stream, edits, record, grid_of(model, images))
-            return metric(out, clean)
+            changes = edits.function(point, clean)
+            out = model.run_from(0 if record else start, stream, changes, record, grid_of(model, images))
+            return measure.function(out, clean)
 
         stream = jax.lax.dynamic_index_in_dim(clean.trace["resid_pre"], 0 if record else start, keepdims=False)
         values = jax.vmap(one)(points)
@@ -235,7 +229,7 @@ def attribute(
     _check(batch_size, grid)
     batch_size = min(batch_size, len(grid))
     points, programs, results, labels = _filled(grid.points, batch_size), None, [], []
-    takes = _static({**as_takes(record_clean), "resid_pre": Take()})
+    takes = tuple({**as_takes(record_clean), "resid_pre": Take()}.items())
     for each in track(batches_of(images), "attribution", enabled=progress):
         batch, valid = images_and_valid(each)
         clean = _clean_run(model, batch, takes)
@@ -256,15 +250,12 @@ class _Attribution(NamedTuple):
     estimates: Callable[..., Array]
 
 
-@lru_cache(maxsize=16)
+@kept(maxsize=16)
 def _attribution_programs(edits: Program, measure: Program) -> _Attribution:
-    """Few are kept, as they keep what their functions hold."""
-    make_edits, metric = edits.function, measure.function
-
     @partial(jax.jit, static_argnames="patches")
     def slopes(model: ViT, clean: Output, points: Point, patches: tuple[int, int]) -> tuple[Any, Any]:
         point = {axis: numbers[0] for axis, numbers in points.items()}
-        edited = normalise_edits(jax.eval_shape(make_edits, point, clean))
+        edited = normalise_edits(jax.eval_shape(lambda *args: edits.function(*args), point, clean))
         takes, queries = {}, {}
         for site, each in edited.items():
             queries[site] = "all" if any(edit.queries == "all" for edit in each) else "prefix"
@@ -278,7 +269,7 @@ def _attribution_programs(edits: Program, measure: Program) -> _Attribution:
                 for site, nudge in nudges.items()
             }
             out = model.run_from(0, stream, nudged, takes, patches)
-            values = metric(out, clean)
+            values = measure.function(out, clean)
             if not isinstance(values, jax.Array) or values.shape != clean.tokens.shape[:1]:
                 raise ValueError(f"the metric returns {jax.tree.map(jnp.shape, values)}; expected a number an image")
             return values.sum(), out.trace
@@ -290,7 +281,7 @@ def _attribution_programs(edits: Program, measure: Program) -> _Attribution:
         depth = model.config.depth
 
         def one(point: Point) -> Array:
-            arrays, of_layer = by_layer(normalise_edits(make_edits(point, clean)), depth)
+            arrays, of_layer = by_layer(normalise_edits(edits.function(point, clean)), depth)
 
             def layer(total, xs):
                 arrays, slopes, values = xs

@@ -169,12 +169,12 @@ def attention_on_cpu(
     def of_image(image: tuple[Array, Array, Array, Array]) -> Array:
         *qkv, i = image
 
-        def factor_of_image(rows: Array | np.ndarray, dtype: np.dtype) -> Array:
-            every = factor(rows, dtype) if factor else jnp.ones((1, 1, 1, 1), dtype)
+        def mine(rows: Array | np.ndarray, dtype: np.dtype, factor: KnockoutFactor) -> Array:
+            every = factor(rows, dtype)
             return every if every.shape[0] == 1 else jax.lax.dynamic_slice_in_dim(every, i, 1)
 
-        mine = None if factor is None else factor_of_image
-        return attention_in_blocks(*(a[None] for a in qkv), blocks=blocks_of_one, first=first, factor=mine)[0]
+        of_this = factor and partial(mine, factor=factor)
+        return attention_in_blocks(*(a[None] for a in qkv), blocks=blocks_of_one, first=first, factor=of_this)[0]
 
     return jax.lax.map(of_image, (q_BQHd, k_BTHd, v_BTHd, jnp.arange(q_BQHd.shape[0])))
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+
+T = TypeVar("T")
 
 
 class Program:
@@ -50,6 +52,31 @@ class Program:
 
     def __hash__(self) -> int:
         return hash(self.key if not isinstance(self.key, tuple) else self.key[0])
+
+
+def kept(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Keeps what a function builds of programs, and finds it again for equal ones.
+
+    It must call `program.function` when it is traced, and no earlier: the kept programs get the functions of the newest
+    call. Other sizes are traced later, and what an older function captured may have changed by then. Few are kept, as
+    they keep what their functions hold.
+    """
+
+    def decorate(build: Callable[..., T]) -> Callable[..., T]:
+        @lru_cache(maxsize=maxsize)
+        def found(*args: Any) -> tuple[tuple[Any, ...], T]:
+            return args, build(*args)
+
+        def newest(*args: Any) -> T:
+            old, built = found(*args)
+            for before, now in zip(old, args, strict=True):
+                if isinstance(before, Program):
+                    before.function = now.function
+            return built
+
+        return newest
+
+    return decorate
 
 
 def is_traced(arguments: Any, *functions: Callable[..., Any]) -> bool:

@@ -19,7 +19,7 @@ from jaxvit.model.attention import Kernel, Rope, check_kernel
 from jaxvit.model.edits import Edits, Operation, by_layer, check_edits, normalise_edits
 from jaxvit.model.layers import identity
 from jaxvit.model.positions import rotary
-from jaxvit.model.programs import Program, is_traced
+from jaxvit.model.programs import Program, is_traced, kept
 from jaxvit.model.sites import Plan, Record, Run, recording_plan
 from jaxvit.model.tap import Tap
 
@@ -248,9 +248,9 @@ def _measured(
     return run_blocks(model, stream, edits, plan, grid=grid, measure=measure, kernel=kernel)
 
 
-@lru_cache(maxsize=64)
+@kept(maxsize=64)
 def _compiled(measure: Program) -> Callable[..., Ran]:
-    """`_measured` with this measure; few are kept, as they keep what their functions hold."""
+    """`_measured` with this measure."""
 
     @partial(jax.jit, static_argnames=("plan", "grid", "from_images", "kernel"))
     def run(model: ViT, entering: Array, edits: Any, **static: Any) -> Ran:
