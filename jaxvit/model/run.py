@@ -20,7 +20,7 @@ from jaxvit.model.edits import Edits, Operation, by_layer, check_edits, normalis
 from jaxvit.model.layers import identity
 from jaxvit.model.positions import rotary
 from jaxvit.model.programs import Program, is_traced, kept
-from jaxvit.model.sites import Plan, Record, Run, recording_plan
+from jaxvit.model.sites import Plan, Record, Run, Wanted, recording_plan
 from jaxvit.model.tap import Tap
 
 if TYPE_CHECKING:
@@ -72,33 +72,31 @@ def run_blocks(
     scanned, of_layer = by_layer(edits, depth)
     apply_rope = rope_for(model, grid, x_BTD.shape[1])
 
-    def step(x: Array, block: Block, edits: list[Array], layer: Array, wanted: Mapping[str, bool]) -> tuple[Array, Any]:
-        tap = Tap(wanted, of_layer(edits), model.prefix)
+    def step(x: Array, block: Block, edits: list[Array], layer: Array, wanted: Wanted) -> tuple[Array, Any]:
+        tap = Tap(dict(wanted), of_layer(edits), model.prefix)
         x = block(x, tap, apply_rope, kernel)
         return x, (tap.trace if measure is None else measure(tap.trace, block, layer))
 
     if remat == "block":
         step = jax.checkpoint(step, prevent_cse=False, static_argnums=4)
 
-    def numbered(x: Array, layer: Array, wanted: Mapping[str, bool]) -> tuple[Array, Any]:
+    def numbered(x: Array, layer: Array, wanted: Wanted) -> tuple[Array, Any]:
         at = partial(jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False)
         block, edits = jax.tree.map(at, (model.blocks, scanned))
         return step(x, block, edits, layer, wanted)
 
     if first is not None:
-        nothing = Hashed(())
-        x = jax.lax.fori_loop(first, depth, lambda layer, x: numbered(x, layer, nothing)[0], x_BTD)
+        x = jax.lax.fori_loop(first, depth, lambda layer, x: numbered(x, layer, ())[0], x_BTD)
         there = (first >= 0) & (first <= depth)
         return Ran(jnp.where(there, x, jnp.nan), {}, None)  # another layer's answer would be wrong silently
 
     x, found = x_BTD, []
     for run in plan.runs:
-        wanted = Hashed(run.wanted)
         layers = jnp.arange(run.start, run.stop)
         if run.stop - run.start == depth:
-            x, new = jax.lax.scan(lambda x, xs: step(x, *xs, wanted), x, (model.blocks, scanned, layers))  # noqa: B023
+            x, new = jax.lax.scan(lambda x, xs: step(x, *xs, run.wanted), x, (model.blocks, scanned, layers))  # noqa: B023
         else:  # by number: slices of the parameters for each run would be copies of them
-            x, new = jax.lax.scan(lambda x, i: numbered(x, i, wanted), x, layers)  # noqa: B023
+            x, new = jax.lax.scan(lambda x, i: numbered(x, i, run.wanted), x, layers)  # noqa: B023
         found.append(new)
     if measure is not None:
         return Ran(x, {}, found[0] if found else None)
@@ -110,13 +108,6 @@ def run_blocks(
     for site, places in plan.order:
         trace[site] = trace[site][np.asarray(places)]
     return Ran(x, trace, None)
-
-
-class Hashed(dict[str, bool]):
-    """What one layer records, as a static argument."""
-
-    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return hash(tuple(self.items()))
 
 
 def rope_for(model: ViT, grid: tuple[int, int] | None, tokens: int) -> Rope:

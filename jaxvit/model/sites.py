@@ -76,12 +76,16 @@ Record = str | Iterable[str] | Mapping[str, Take]
 """What to record: a site, several, or how much of each."""
 
 
+Wanted = tuple[tuple[str, bool], ...]
+"""What a layer records: (site, whether of all tokens)."""
+
+
 class Run(NamedTuple):
-    """Consecutive layers that record the same: `start` .. `stop` - 1, and (site, whether of all tokens) of each."""
+    """Consecutive layers that record the same: `start` .. `stop` - 1."""
 
     start: int
     stop: int
-    wanted: tuple[tuple[str, bool], ...]
+    wanted: Wanted
 
 
 class Plan(NamedTuple):
