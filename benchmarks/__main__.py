@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         of[name].add_argument("--write", action="store_true", help=f"put the table into {where}")
     where = "docs/architectures.md and convert/architectures.json"
     of["architectures"].add_argument("--write", action="store_true", help=f"write {where}")
+    of["architectures"].add_argument("--facts", action="store_true", help="write convert/architectures.json alone")
     command = commands.add_parser("peak")  # one task of the memory table, in a process of its own
     command.add_argument("task")
     command.add_argument("size")
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         case "families":
             families.main(o.write)
         case "architectures":
-            architectures.main(o.write)
+            architectures.main(o.write, o.facts)
         case "conversion":
             conversion.main(o.size, o.write, o.place)
         case "peak":

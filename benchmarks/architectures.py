@@ -2,6 +2,7 @@
 
     python -m benchmarks architectures            measure, print the table
     python -m benchmarks architectures --write    and write docs/architectures.md and convert/architectures.json
+    python -m benchmarks architectures --facts    write convert/architectures.json alone, in seconds
 
 Each name of timm's `vision_transformer` and `deit` is built by timm with random weights, one block deep and at its own
 width up to 768 (above, heads are cut to 32 channels), converted, and compared at every site in float64 and float32, on
@@ -51,11 +52,43 @@ def facts(name: str, **changes: Any) -> dict[str, Any]:
     if reason := plain.refusal(module):
         return {"refused": reason}
     hints = plain.module_hints(module)
-    preparation = hints["preprocess"]
     return {field: hints[field] for field in plain.FACTS} | {
-        "preprocess": [preparation.resize, preparation.crop, list(preparation.mean), list(preparation.std)],
+        "prepared": prepared(name),
         "shape": [len(module.blocks), module.embed_dim, getattr(module, "cls_token", None) is not None],
     }
+
+
+PREPARATION = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
+"""What timm's transforms of evaluation depend on."""
+
+
+def prepared(name: str) -> list[dict[str, Any]]:
+    """How timm prepares images for the weights of each tag of a name; tags that share it stand together, the default
+    first."""
+    found: list[dict[str, Any]] = []
+    for tag, cfg in tags_of(name).items():
+        resolved = timm.data.resolve_data_config(pretrained_cfg=cfg)
+        same = next((each for each in found if all(each[key] == resolved[key] for key in PREPARATION)), None)
+        if same is None:
+            same = {"tags": [], **{key: resolved[key] for key in PREPARATION}}
+            found.append(same)
+        same["tags"] += [tag] if tag else []
+    return found
+
+
+def tags_of(name: str) -> dict[str, dict[str, Any]]:
+    """The tags of a name -> timm's configs of their weights, the default first."""
+    default = timm.get_pretrained_cfg(name)
+    tags = {default.tag or "": default}
+    for each in timm.list_pretrained(f"{name}.*"):
+        tags[each.partition(".")[2]] = timm.get_pretrained_cfg(each)
+    return {tag: cfg.to_dict() for tag, cfg in tags.items()}
+
+
+def write_facts(known: dict[str, dict[str, Any]]) -> None:
+    lines = (f"{json.dumps(name)}: {json.dumps(about)}" for name, about in known.items())
+    FACTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    plain.architectures.cache_clear()
 
 
 def measure(name: str) -> Comparison:
@@ -84,11 +117,12 @@ def rows(known: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield f"| {name} | {verdict} | {found.worst64():.0e} | {found.worst_ratio():.2f} |"
 
 
-def main(write: bool) -> None:
+def main(write: bool, only_facts: bool = False) -> None:
     known = {name: facts(name) for name in names()}
-    if write:
-        FACTS.write_text(json.dumps(known, indent=0) + "\n")
-        plain.architectures.cache_clear()
+    if write or only_facts:
+        write_facts(known)
+    if only_facts:
+        return
     lines = []
     for i, line in enumerate(rows(known)):
         print(f"{i + 1}/{len(known)} {line}", file=sys.stderr, flush=True)

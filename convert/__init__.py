@@ -10,7 +10,7 @@ if __name__ == "convert":  # in a checkout, this is jaxvit.convert
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
@@ -26,6 +26,7 @@ from jaxvit.model.params import abstract, from_params, to_params
 
 from . import clip, deit, dino, dinov2, dinov3, timm
 from .engine import ConversionError, Layout, Tensors, convert_tensors, locate, stream_tensors
+from .preparation import SAY
 from .sources import Branch, Source, open_source, versions
 
 __all__ = ["ConversionError", "Options", "Reading", "convert", "convert_to_folder", "load", "load_described"]
@@ -141,7 +142,10 @@ def _load(
 
 def describe(opened: Source, layout: Layout) -> dict[str, Any]:
     """What a provenance keeps of a source."""
-    return opened.description | {"layout": layout.name, "versions": versions("jaxvit", "jax", "flax")}
+    about: dict[str, Any] = {"layout": layout.name, "versions": versions("jaxvit", "jax", "flax")}
+    if "preprocess" not in opened.assumed:  # assumptions are kept by themselves
+        about["preparation"] = opened.hints.get("preparation", f"as published for {layout.name}")
+    return opened.description | about
 
 
 def with_resampling(opened: Source, config: jaxvit.ViTConfig, resampling: Resampling | None) -> jaxvit.ViTConfig:
@@ -161,8 +165,7 @@ def in_words(value: Any) -> str:
     if isinstance(value, tuple):
         return "x".join(map(str, value))
     if isinstance(value, jaxvit.Preprocess):
-        mean, std = (" ".join(f"{x:.3g}" for x in numbers) for numbers in (value.mean, value.std))
-        return f"short side {value.resize}, crop {value.crop}, mean {mean}, std {std}"
+        return value.in_words()
     return str(value)
 
 
@@ -221,12 +224,19 @@ def read(source: Any, **known: Unpack[Reading]) -> Source:
             raise ConversionError(f"a config has no {', '.join(unknown)}; it has {', '.join(CONFIG_FIELDS)}")
         fields = {name: field_of(name, value) for name, value in fields.items()}
         opened.hints = {**opened.hints, **fields}
-        opened.description["config given"] = dict(fields)
+        # What was given may be a Preprocess; a provenance is JSON.
+        opened.description["config given"] = {
+            name: asdict(value) if isinstance(value, jaxvit.Preprocess) else value for name, value in fields.items()
+        }
+        if "preprocess" in fields:
+            opened.hints = {**opened.hints, "preparation": "given", "unsure": {}}
     return opened
 
 
 def field_of(name: str, value: Any) -> Any:
     """A field of a config from what JSON or a command line can say: a grid as "2x8" or [2, 8]."""
+    if name == "preprocess":
+        return preprocess_of(value)
     if name != "grid":
         return value
     try:
@@ -234,6 +244,18 @@ def field_of(name: str, value: Any) -> Any:
         return int(rows), int(columns)
     except (TypeError, ValueError):
         raise ConversionError(f"grid is {value!r}; expected rows and columns of patches, such as 2x8") from None
+
+
+def preprocess_of(value: Any) -> jaxvit.Preprocess:
+    """A preparation from the fields that JSON gives; one that is given already stays."""
+    if isinstance(value, jaxvit.Preprocess):
+        return value
+    try:
+        if not isinstance(value, Mapping):
+            raise TypeError("expected its fields")
+        return jaxvit.ViTConfig.from_dict(dict(depth=1, width=1, heads=1, hidden=1, preprocess=value)).preprocess
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"preprocess is {value!r}, which makes no sense ({error}): {SAY}") from None
 
 
 CONFIG_FIELDS = tuple(field.name for field in fields(jaxvit.ViTConfig))

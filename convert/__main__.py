@@ -84,11 +84,16 @@ def convert_command(arguments: Sequence[str]) -> int:
         overwrite=options.overwrite,
         **known,
     )
-    print(f"wrote {options.dest}: {config.in_words()}")
+    print(f"wrote {options.dest}")
     if options.verify:
         return _verify(options.dest, options.source, None, known)
-    print(read_content(options.dest)["provenance"])  # just written: no need to read the weights again
+    print(about(config, read_content(options.dest)["provenance"]))  # just written: no need to read the weights again
     return 0
+
+
+def about(config: jaxvit.ViTConfig, provenance: jaxvit.Provenance) -> str:
+    """A model and how images are prepared for it, and where both come from."""
+    return f"{config.in_words()}\nimages: {config.preprocess.in_words()}\n{provenance}"
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
@@ -160,7 +165,7 @@ def _verify(folder: str | Path, source: str, sizes: Sequence[tuple[int, ...]] | 
     passed = all(comparison.passed for comparison in comparisons.values())
     parity = json.loads((Path(folder) / PARITY).read_text(encoding="utf-8"))
     print(f"{verdict(parity)}; wrote {Path(folder) / PARITY}")
-    print(jaxvit.describe(folder))
+    print(about(jaxvit.read_config(folder)[0], jaxvit.describe(folder)))
     return 0 if passed else 1
 
 
@@ -168,8 +173,7 @@ def show(arguments: Sequence[str]) -> int:
     parser = parser_for("show", "What a converted model is, where it comes from, and how equal to it it was found.")
     parser.add_argument("dest", metavar="DEST", help="a folder that jaxvit convert wrote")
     options = parser.parse_args(arguments)
-    provenance = jaxvit.describe(options.dest)
-    print(jaxvit.read_config(options.dest)[0].in_words(), provenance, sep="\n")
+    print(about(jaxvit.read_config(options.dest)[0], jaxvit.describe(options.dest)))
     return 0
 
 

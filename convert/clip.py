@@ -27,8 +27,8 @@ from .engine import (
     patch_conv,
 )
 from .meta import count_blocks, decide, grid_of, shape_of, square, token_rules, with_heads
+from .preparation import OPENAI as CLIPS
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEXT = "the text side of CLIP"
 NUMBERS = ("input_resolution", "context_length", "vocab_size")
 """What OpenAI's archives hold beside their tensors."""
@@ -43,7 +43,7 @@ def decided(found: dict[str, Any], hints: Mapping[str, Any], of_grid: str = "", 
         pre_norm=True,
         eps=1e-5,
         resampling="bicubic",
-        preprocess=Preprocess(side, side, MEAN, STD),
+        preprocess=Preprocess(side, side, CLIPS["image_mean"], CLIPS["image_std"], margin="round"),
     )
     if own:
         told["mlp"] = "quick_gelu"

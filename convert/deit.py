@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-from jaxvit import Preprocess
-
 from .engine import Decided, Layout, Tensors, tensor_shape
 from .meta import PLAIN, Names, read_config, shape_of, table
+from .preparation import META
 
 NAMES = Names(registers=(), scales=("gamma_1", "gamma_2"))
 
@@ -30,7 +29,7 @@ def config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
         before=(0,),
         final_norm="tokens",
         resampling="bicubic_antialias",
-        preprocess=Preprocess().at(side) if side else Preprocess(),
+        preprocess=META.at(side) if side else META,
     )
 
 

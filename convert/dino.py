@@ -11,6 +11,7 @@ from typing import Any
 
 from .engine import Decided, Layout, Tensors
 from .meta import PLAIN, Names, read_config, table
+from .preparation import META
 
 NAMES = Names(registers=(), scales=("gamma_1", "gamma_2"))
 
@@ -28,6 +29,7 @@ def config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
         before=(1,),
         final_norm=final,
         resampling="bicubic_offset",
+        preprocess=META,
     )
     if own:
         return found

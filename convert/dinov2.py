@@ -27,6 +27,7 @@ from .meta import (
     token_rules,
     with_heads,
 )
+from .preparation import META
 
 MASK = "stands in for hidden patches during pretraining; takes no part when whole images are read"
 HEAD = "a head that pretraining puts on top of the backbone"
@@ -46,6 +47,7 @@ def hub_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
         before=(1,),
         final_norm="tokens",
         resampling=rule,
+        preprocess=META,
     )
 
 

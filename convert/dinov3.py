@@ -31,6 +31,7 @@ from .meta import (
     token_rules,
     with_heads,
 )
+from .preparation import META, of_timm, of_transformers
 
 FAMILY: dict[str, Any] = dict(
     eps=1e-5, grid=(14, 14), rope_base=100.0, final_norm="tokens", resampling="bicubic_antialias"
@@ -47,7 +48,7 @@ PERIODS = "rope_embed.periods"
 
 
 def hub_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
-    family: dict[str, Any] = FAMILY | dict(rope="bfloat16")
+    family: dict[str, Any] = FAMILY | dict(rope="bfloat16", preprocess=META)
     found = read_config(tensors, hints, HUB_NAMES, families=("DINOv3",), always=ALWAYS, **family)
     config = found.config
     expected = rope_periods(config.head_size, config.rope_base, "bfloat16")
@@ -102,7 +103,9 @@ def timm_names(tensors: Tensors) -> Names:
 
 
 def timm_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
-    family: dict[str, Any] = FAMILY | dict(rope="float32")
+    family: dict[str, Any] = FAMILY | dict(
+        rope="float32", preprocess=of_timm({"input_size": (3, 256, 256), "crop_pct": 1.0})
+    )
     config, assumed = read_config(tensors, hints, timm_names(tensors), families=("DINOv3",), always=ALWAYS, **family)
     config = replace(config, qkv_bias="blocks.0.attn.q_bias" in tensors)
     return Decided(config).assuming(SHARED | {**assumed}, hints)
@@ -135,6 +138,7 @@ TIMM = Layout(
 # transformers ---------------------------------------------------------------------------------------------------------
 
 LAYER = "layer.{i}"
+PROCESSOR = {"image_processor_type": "DINOv3ViTImageProcessor"}
 
 
 def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
@@ -150,7 +154,7 @@ def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
         qkv_bias="layer.0.attention.q_proj.bias" in tensors,
     )
     told, assumed = with_heads(found, hints, ("DINOv3",))
-    told |= dict(mlp="swiglu" if gated else "gelu", rope="float32", **FAMILY)
+    told |= dict(mlp="swiglu" if gated else "gelu", rope="float32", preprocess=of_transformers(PROCESSOR), **FAMILY)
     return decide(found, told, {**hints, **({"mlp": "swiglu"} if gated else {})}, SHARED | assumed)
 
 

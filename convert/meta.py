@@ -296,7 +296,7 @@ def grid_of(
         )
     side = squares[0]
     published = {(c.config.patch, c.config.grid[0]) for c in known() if c.family in families}
-    fits = preprocess is not None and preprocess.crop == side * patch
+    fits = preprocess is not None and preprocess.size == (side * patch, side * patch)
     return (side, side), "" if fits or (patch, side) in published else f"a square of {side**2} positions"
 
 

@@ -18,13 +18,14 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvit import CheckpointError, Preprocess
+from jaxvit import CheckpointError
 from jaxvit.io.checkpoint import SafetensorsFile, sha256
 
 from .clip import OPENAI
 from .engine import ConversionError, Renamed, Tensors, tensor_shape
 from .foreign import describe_foreign
 from .onnx_graph import read_onnx
+from .preparation import of_open_clip, of_transformers
 from .timm import POOLS, architecture_hints, folder_hints, module_hints, pixels
 from .torchscript import read_torchscript
 
@@ -81,7 +82,11 @@ def open_source(
     """
     opened = _open(source, revision, branch)
     if architecture is not None:
-        opened.hints = {**opened.hints, **architecture_hints(architecture)}
+        hints = architecture_hints(architecture)
+        if "unsure" in hints and "preprocess" in opened.hints:  # a file beside the tensors tells what a tag would
+            for name in ("preprocess", "preparation", "unsure"):
+                del hints[name]
+        opened.hints = {**opened.hints, **hints}
         opened.description["architecture"] = architecture
     return opened
 
@@ -391,15 +396,9 @@ def _config_hints(folder: Path) -> dict[str, Any]:
         config = _json(folder / "config.json")
         hints |= folder_hints(config) if "architecture" in config else transformers_hints(config)
     if (folder / "preprocessor_config.json").is_file():
-        p = _json(folder / "preprocessor_config.json")
-        size, crop = p.get("size"), p.get("crop_size")
-        if isinstance(size, dict) and "shortest_edge" in size and isinstance(crop, dict) and "height" in crop:
-            try:
-                hints["preprocess"] = Preprocess(
-                    size["shortest_edge"], crop["height"], tuple(p["image_mean"]), tuple(p["image_std"])
-                )
-            except (KeyError, TypeError, ValueError) as error:
-                raise ConversionError(f"{folder / 'preprocessor_config.json'} makes no sense: {error!r}") from error
+        said = _json(folder / "preprocessor_config.json")
+        hints |= {"preprocess": of_transformers(said), "preparation": "its preprocessor_config.json"}
+        hints.pop("unsure", None)
     return hints
 
 
@@ -468,7 +467,6 @@ def open_clip_hints(path: Path) -> dict[str, Any]:
         if vision.get("timm_pool"):
             hints["pool"] = POOLS[vision["timm_pool"]]
         hints["image"] = pixels(vision.get("image_size", 224))
-        side, square = hints["image"][0], hints["image"][0] == hints["image"][1]
         if not vision.get("timm_model_name"):
             pooled = vision.get("pool_type", "tok") != "tok" or vision.get("final_ln_after_pool")
             if pooled or vision.get("attentional_pool") or set(vision.get("act_kwargs") or {}) - {"approximate"}:
@@ -477,8 +475,9 @@ def open_clip_hints(path: Path) -> dict[str, Any]:
             hints["mlp"] = "quick_gelu" if model.get("quick_gelu") else "gelu_tanh" if tanh else "gelu"
             hints["heads"] = vision["width"] // vision.get("head_width", 64)
             hints["eps"] = float((vision.get("norm_kwargs") or {}).get("eps", 1e-5))
-        if "mean" in prepare and square:
-            hints["preprocess"] = Preprocess(side, side, tuple(prepare["mean"]), tuple(prepare["std"]))
+        if "mean" in prepare:
+            hints |= {"preprocess": of_open_clip(prepare, hints["image"]), "preparation": "its preprocess_cfg"}
+            hints.pop("unsure", None)
     except ConversionError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:

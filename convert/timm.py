@@ -7,13 +7,12 @@ A bare file is taken where only one published family fits, and else asks for the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from jaxvit import Preprocess
 
 from .engine import ConversionError, Decided, Layout, Tensors
 from .meta import Names, read_config, table
+from .preparation import of_timm
 from .published import architectures, kinds
 
 PACKED, SPLIT = Names(), Names(gates=("fc1_g", "fc1_x"))
@@ -102,15 +101,32 @@ def architecture_hints(name: str) -> dict[str, Any]:
     Raises:
       ConversionError: none of timm's plain Vision Transformers.
     """
-    known = architectures().get(name.split(".")[0])
+    base, _, tag = name.partition(".")
+    known = architectures().get(base)
     if known is None:
         raise ConversionError(f"{name} is none of timm's plain Vision Transformers; docs/architectures.md lists them")
     if "refused" in known:
         raise ConversionError(f"{name} cannot be converted: {known['refused']}")
-    resize, crop, mean, std = known["preprocess"]
-    preprocess = Preprocess(resize, crop, tuple(mean), tuple(std))
     facts = {field: known[field] for field in FACTS}
-    return {"library": "timm", "architecture": name, **facts, "preprocess": preprocess}
+    return {"library": "timm", "architecture": name, **facts, **tag_hints(base, tag, known["prepared"])}
+
+
+def tag_hints(name: str, tag: str, prepared: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How images are prepared for the weights of a tag; without one, as for timm's default, and whether others differ.
+
+    Raises:
+      ConversionError: timm has no such tag.
+    """
+    tags = [each for cfg in prepared for each in cfg["tags"]]
+    if tag and tag not in tags:
+        raise ConversionError(f"timm has no weights {name}.{tag}; it has {', '.join(tags) or 'none'} (give no tag)")
+    cfg = next((cfg for cfg in prepared if tag in cfg["tags"]), prepared[0])
+    hints = {"preprocess": of_timm(cfg), "preparation": f"timm's for {name}{f'.{tag}' if tag else ''}"}
+    if not tag and len(prepared) > 1:
+        others = ", ".join(cfg["tags"][0] for cfg in prepared[1:])
+        first = f"as for {name}.{cfg['tags'][0]}" if cfg["tags"] else "timm's default"
+        hints["unsure"] = {"preprocess": f"{first}; other weights of this name, such as {others}, have another"}
+    return hints
 
 
 POOLS = {"token": "cls", "avg": "mean", "map": "attention"}
@@ -118,7 +134,9 @@ POOLS = {"token": "cls", "avg": "mean", "map": "attention"}
 
 def folder_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the config.json of a timm folder tells: architecture, changes to it, how images are prepared."""
-    hints = architecture_hints(str(config["architecture"]))
+    pretrained = config.get("pretrained_cfg") or {}
+    told = preprocess_hints(pretrained)
+    hints = architecture_hints(str(config["architecture"]).split(".")[0] if told else str(config["architecture"]))
     changed = {name: value for name, value in (config.get("model_args") or {}).items() if name not in SHAPES}
     if changed:
         raise ConversionError(f"the config.json changes the architecture by {changed}, which is not known here")
@@ -126,11 +144,11 @@ def folder_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         if pool not in POOLS:
             raise ConversionError(f"the config.json asks for the pooling {pool!r}; known: {', '.join(POOLS)}")
         hints["pool"] = hints["pool"] if hints["pool"] == "distilled" and pool == "token" else POOLS[pool]
-    if size := (config.get("model_args") or {}).get("img_size") or (config.get("pretrained_cfg") or {}).get(
-        "input_size"
-    ):
+    if size := (config.get("model_args") or {}).get("img_size") or pretrained.get("input_size"):
         hints["image"] = pixels(size)
-    return hints | preprocess_hints(config.get("pretrained_cfg") or {})
+    if told:
+        hints.pop("unsure", None)
+    return hints | told
 
 
 def pixels(size: Any) -> tuple[int, int]:
@@ -148,19 +166,10 @@ SHAPES += ("init_values", "depth", "embed_dim", "mlp_ratio", "no_embed_class")
 
 
 def preprocess_hints(pretrained: Mapping[str, Any]) -> dict[str, Any]:
-    size, crop = pretrained.get("input_size"), pretrained.get("crop_pct", 1.0)
-    if not size:
+    """How images are prepared, as a `pretrained_cfg` says it; nothing if it says no size."""
+    if not pretrained.get("input_size"):
         return {}
-    try:
-        side = min(map(int, size[-2:]))
-        mean, std = (tuple(float(x) for x in pretrained[name]) for name in ("mean", "std"))
-        hints: dict[str, Any] = {"preprocess": Preprocess(int(side // crop), side, mean, std)}  # type: ignore[arg-type]
-        if size[-1] != size[-2]:
-            trained = f"squares, as jaxvit.prepare makes them; the model was trained on {size[-2]}x{size[-1]}"
-            hints["unsure"] = {"preprocess": trained}
-        return hints
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ConversionError(f"the pretrained_cfg in config.json makes no sense: {error!r}") from error
+    return {"preprocess": of_timm(pretrained), "preparation": "its pretrained_cfg"}
 
 
 def module_hints(module: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def announce(specs: Sequence[Spec], request: Request, preset: str | None, folder
             print(f"{spec.title:32}{'?':>12}{'?':>10}  {weights(spec):12}{'?':>10}{'?':>10}  {spec.source}")
             continue
         parameters = sum(int(np.prod(leaf.shape)) for leaf in to_params(abstract(config)).values())
-        once = flops(config, request.size or config.preprocess.crop)
+        once = flops(config, request.size)
         seconds = once / np.interp(config.width, WIDTHS, [rates[w] for w in WIDTHS])
         whole = seconds * forwards(config.registers + spec.test_time_registers, request, images, labelled, spec)
         total += whole
@@ -114,9 +114,9 @@ def weights(spec: Spec) -> str:
     return "cached" if cached else "to fetch"
 
 
-def flops(config: ViTConfig, pixels: int) -> float:
+def flops(config: ViTConfig, size: int | None) -> float:
     """Of one forward pass of one image: its matrix products."""
-    tokens, width = config.layout(pixels).tokens, config.width
+    tokens, width = config.layout(*config.preprocess.at(size).size).tokens, config.width
     matrices = 4 * width**2 + (3 if config.mlp == "swiglu" else 2) * width * config.hidden
     return 2.0 * config.depth * (tokens * matrices + 2 * tokens**2 * width)
 

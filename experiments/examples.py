@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvit import Take, stream
+from jaxvit import Take, denormalize, stream
 from jaxvit.analysis.decompose import (
     attention_mass,
     attention_parts,
@@ -67,12 +67,12 @@ def explain(
       residual: weight of the identity in rollout, B6's option.
     """
     config = subject.model.config
-    preprocess = config.preprocess if size is None else config.preprocess.at(size)
-    grid = config.layout(preprocess.crop).grid
+    preprocess = config.preprocess.at(size)
+    grid = config.layout(*preprocess.size).grid
     found = []
     for batch in stream(sources, config, 1, size, on_error=lambda name, error: None):
         arrays = jax.device_get(_explain(subject.model, subject.edits, batch.images, residual))
-        pixels = (np.asarray(batch.images[0]) * preprocess.std + preprocess.mean) * 255
+        pixels = np.asarray(denormalize(batch.images[0], preprocess)) * 255
         shown = np.clip(pixels, 0, 255).round().astype(np.uint8)
         name = names[int(batch.indices[0])]
         found.append(Example(name, shown, grid, *(np.asarray(a, np.float32) for a in arrays)))

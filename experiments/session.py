@@ -146,7 +146,7 @@ class Session:
 
     def of_model(self, model: Finished) -> dict[str, Any]:
         config = ViTConfig.from_dict(model.about.config)
-        pixels = self.request.size or config.preprocess.crop
+        height, width = config.preprocess.at(self.request.size).size
         passes = {
             name: {
                 "n": store.n,
@@ -157,8 +157,8 @@ class Session:
         }
         none = {"n": 0, "skipped": [], "sha256 of the prepared pixels": ""}
         return model.about.to_dict() | {
-            "pixels": pixels,
-            "patches": list(config.layout(pixels).grid),
+            "pixels": height if height == width else [height, width],
+            "patches": list(config.layout(height, width).grid),
             "images": passes.pop("clean", none),
             "other passes": passes,
             "not run": dict(model.reasons),

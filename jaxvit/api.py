@@ -25,8 +25,9 @@ from jaxvit.interventions.registers import Neurons, add_registers, find_register
 from jaxvit.interventions.statistics import ActivationStats
 from jaxvit.interventions.sweeps import attribute, cls_cosine, sweep
 from jaxvit.io.checkpoint import CheckpointError, describe, load, read_config, save
-from jaxvit.io.images import Batch, ImageError, decode, find_images, prepare, resize, stream
+from jaxvit.io.images import Batch, ImageError, decode, denormalize, find_images, prepare, stream
 from jaxvit.io.provenance import Provenance
+from jaxvit.io.resize import resize
 from jaxvit.model.config import Preprocess, ViTConfig
 from jaxvit.model.edits import Edit, Knockout, Relocate, Shuffle, merge, one_of
 from jaxvit.model.params import cast, functional
@@ -65,6 +66,7 @@ __all__ = [
     "cls_cosine",
     "decode",
     "decompose",
+    "denormalize",
     "describe",
     "each_layer",
     "find_images",

@@ -126,21 +126,33 @@ def test_values_from_a_dict_are_validated():
         ViTConfig.from_dict(ViTConfig(**SMALL).to_dict() | dict(heads=5))
 
 
-@pytest.mark.parametrize(("resize", "crop"), [(224, 256), (10, 0), (10, -1)])
-def test_a_crop_fits_into_the_resized_image(resize, crop):
-    with pytest.raises(ValueError, match=f"crop {crop} must be positive and at most resize {resize}"):
-        Preprocess(resize=resize, crop=crop)
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(crop=0), "crop is 0; expected pixels"),
+        (dict(resize=(10, -1)), r"resize is \(10, -1\); expected pixels"),
+        (dict(fit="squash"), "fit(.|\n)*'squash'"),  # where types are checked, it is that check which speaks
+        (dict(interpolation="cubic"), "interpolation(.|\n)*'cubic'"),
+        (dict(margin="ceil"), "margin(.|\n)*'ceil'"),
+        (dict(mean=(0.5,)), "must have one number for each channel"),
+        (dict(std=(1.0, 0.0, 1.0)), "std positive"),
+        (dict(mean=(0.0, float("nan"), 0.0)), "must be finite"),
+    ],
+)
+def test_a_preparation_makes_sense(values, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        Preprocess(**values)
 
 
 @pytest.mark.parametrize(("size", "resize"), [(224, 256), (448, 512), (518, 592), (14, 16), (112, 128)])
 def test_preparation_at_another_size_keeps_the_proportion(size, resize):
     prepared = Preprocess(mean=(0.5, 0.5, 0.5)).at(size)
     assert prepared == Preprocess(resize=resize, crop=size, mean=(0.5, 0.5, 0.5))
-    assert prepared.at(224).resize == 256
+    assert prepared.at(224).resize == (256, 256) and prepared.at(None) is prepared
 
 
 def test_a_preparation_without_margin_has_none_at_any_size():
-    assert all(Preprocess(resize=518, crop=518).at(size).resize == size for size in range(1, 600))
+    assert all(Preprocess(resize=518, crop=518).at(size).resize == (size, size) for size in range(1, 600))
 
 
 @pytest.mark.parametrize("registers", [0, 1, 4])

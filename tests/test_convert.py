@@ -40,6 +40,7 @@ from safetensors.numpy import load_file
 import convert
 import jaxvit
 from convert import LAYOUTS, ConversionError
+from convert.__main__ import main
 from convert.engine import Layout, check_table, convert_tensors, copy
 from convert.originals import build_timm, build_transformers
 from convert.sources import Source
@@ -354,7 +355,7 @@ def test_timm_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(about))
     model = convert.load(tmp_path)
     assert_holds(model, config, n)
-    assert model.config.preprocess == jaxvit.Preprocess(64, 56, (0.5,) * 3, (0.25,) * 3)
+    assert model.config.preprocess == jaxvit.Preprocess(64, 56, (0.5,) * 3, (0.25,) * 3, margin="round")
     (tmp_path / "config.json").write_text(json.dumps(about | {"model_args": {"act_layer": "relu", "img_size": 56}}))
     fails(tmp_path, "changes the architecture", "act_layer")
     (tmp_path / "config.json").write_text(json.dumps(about | {"architecture": "resnet50"}))
@@ -371,6 +372,7 @@ def test_preprocess(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", transformers_state(CONFIG, NUMBERS))
     assert convert.load(tmp_path).config.preprocess == jaxvit.Preprocess()
     settings = {
+        "image_processor_type": "BitImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": 60},
         "crop_size": {"height": 56, "width": 56},
@@ -380,9 +382,27 @@ def test_preprocess(tmp_path):
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(settings))
     assert convert.load(tmp_path).config.preprocess == jaxvit.Preprocess(60, 56, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    for change in ({"crop_size": {"height": 61}}, {"image_mean": None}):
+    assert convert.load_described(tmp_path)[1].source["preparation"] == "its preprocessor_config.json"
+    for change in ({"crop_size": {"height": 61, "width": 0}}, {"image_mean": [1, 2]}):
         path.write_text(json.dumps(settings | change))
-        fails(tmp_path, str(path), "makes no sense")
+        fails(tmp_path, "preprocessor_config.json makes no sense")
+
+
+def test_a_preparation_can_be_given(tmp_path, capsys):
+    path = write_safetensors(tmp_path / "some.safetensors", hub_state(CONFIG, NUMBERS))
+    given = {"resize": [64, 64], "crop": 56, "mean": [0.1, 0.2, 0.3], "fit": "stretch", "interpolation": "bilinear"}
+    expected = jaxvit.Preprocess((64, 64), 56, (0.1, 0.2, 0.3), fit="stretch", interpolation="bilinear")
+    assert main(["convert", str(path), str(tmp_path / "model"), "--set", f"preprocess={json.dumps(given)}"]) == 0
+    said = capsys.readouterr().out
+    assert "images: stretch to 64x64, bilinear; crop 56x56; mean 0.1 0.2 0.3, std 0.229 0.224 0.225" in said
+    assert "preparation: given" in said
+    assert main(["show", str(tmp_path / "model")]) == 0
+    assert capsys.readouterr().out in said
+    assert jaxvit.read_config(tmp_path / "model")[0].preprocess == expected
+    assert convert.load(path, config={"preprocess": expected}).config.preprocess == expected
+    for wrong in ("squash", {"crops": 3}, {"crop": 0}, {"std": [0, 0, 0]}):
+        with pytest.raises(ConversionError, match=r"(?s)preprocess is .* makes no sense .* --set preprocess="):
+            convert.load(path, config={"preprocess": wrong})
 
 
 def test_jaxvit_folder(tmp_path):

@@ -96,7 +96,7 @@ def state_of(folder):
 def test_converts(source, dest, succeeds):
     out = succeeds(source, dest)
     words = "1 blocks of width 64, 1 heads, gelu MLP, 4 registers, patches of 14 px, a grid of 4x4"
-    assert out == f"wrote {dest}: {words}\n{jaxvit.describe(dest)}\n"
+    assert out == f"wrote {dest}\n{words}\nimages: {jaxvit.Preprocess().in_words()}\n{jaxvit.describe(dest)}\n"
     assert names(dest) == ["config.json", "model.safetensors"]
     assert names(dest.parent) == ["tiny"]
     assert_holds(dest, NUMBERS)
@@ -302,8 +302,9 @@ def test_verify(tmp_path, source, dest, succeeds, capsys):
     assert len(measured["float32"]["resid_post"]) == CONFIG.depth
     assert set(measured["float32"]) == set(measured["float64"]) == set(measured["float32 of the original"])
     shown = succeeds("show", dest)
-    assert shown == f"{jaxvit.load(dest).config.in_words()}\n{jaxvit.describe(dest)}\n"
-    assert out.endswith(f"{jaxvit.describe(dest)}\n")
+    config = jaxvit.load(dest).config
+    assert shown == f"{config.in_words()}\nimages: {config.preprocess.in_words()}\n{jaxvit.describe(dest)}\n"
+    assert out.endswith(shown)
     for word in ("parity: equal", small, f"{measured['worst float64']:.1e}", parity["original"], source.name):
         assert word in shown
 

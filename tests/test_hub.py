@@ -302,7 +302,9 @@ def test_timm(hub, made):
     description = assert_loads(config=config)
     assert description["layout"] == "timm" and set(description["config sha256"]) == {"config.json"}
     model = convert.load(REPO)
-    assert model.config.heads == 16 and model.config.preprocess == jaxvit.Preprocess(64, 56, (0.5,) * 3, (0.25,) * 3)
+    assert model.config.heads == 16 and model.config.preprocess == jaxvit.Preprocess(
+        64, 56, (0.5,) * 3, (0.25,) * 3, margin="round"
+    )
 
 
 def test_open_clip(hub, made):

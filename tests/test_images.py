@@ -1,4 +1,4 @@
-"""Images: Pillow's resize in every bit, the whole preparation, every kind of file, and the stream."""
+"""Images: the whole preparation, every kind of file, and the stream."""
 
 import io
 import threading
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jaxvit.io import images as images_module
-from jaxvit.io.images import Batch, ImageError, decode, find_images, prepare, resize, stream
+from jaxvit.io.images import Batch, ImageError, decode, denormalize, find_images, prepare, stream
 from jaxvit.model.config import Preprocess, ViTConfig
 
 SMALL = Preprocess(resize=20, crop=14)
@@ -38,137 +38,16 @@ def encode(image, format, **options):
     return buffer.getvalue()
 
 
-def compilations(function):
-    """How many programs XLA compiles while `function` runs."""
-    events = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        function()
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    return len(events)
-
-
-# --- resize
-
-
-def test_resize_equals_pillow_over_random_sizes():
-    rng = np.random.default_rng(0)
-    tall = 0
-    for _ in range(150):
-        source = tuple(int(2**e) for e in rng.uniform(0, 8, 2))
-        size = tuple(int(n) for n in np.maximum(24, np.array(source) * 2.0 ** rng.uniform(-2, 2, 2)))
-        tall += source[0] - size[0] > max(0, 2 * (source[1] - size[1]))
-        top, left = (int(rng.integers(n - 24 + 1)) for n in size)
-        pixels = noise(*source)
-        expected = pillow_resize(pixels, size)[top : top + 24, left : left + 24]
-        found = np.asarray(resize(pixels, size, (top, left, 24, 24)))
-        np.testing.assert_array_equal(found, expected, err_msg=f"{source} to {size}, window at {top, left}")
-    assert 15 < tall < 135  # both orders of the passes were met
-
-
-NASTY = [
-    ((1, 1), (1, 1)),
-    ((1, 1), (5, 4)),
-    ((1, 1), (1, 40)),
-    ((3, 500), (1, 1)),
-    ((1, 700), (256, 3)),
-    ((700, 1), (3, 256)),
-    ((2, 3), (64, 64)),
-    ((64, 64), (64, 64)),
-    ((64, 64), (64, 31)),
-    ((128, 129), (127, 128)),
-    ((5, 2000), (7, 9)),
-    ((1, 30000), (1, 3)),
-    ((255, 257), (2, 300)),
-    ((60, 30), (30, 15)),  # as many rows lost as twice the columns: still the horizontal pass first
-    ((61, 30), (30, 15)),
-]
-
-
-@pytest.mark.parametrize("source, size", NASTY)
-def test_resize_equals_pillow_on_nasty_sizes(source, size):
-    pixels = noise(*source)
-    found = resize(pixels, size)
-    assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, pillow_resize(pixels, size))
-
-
-def test_resize_clips_overshoot_and_keeps_flat_pictures():
-    edge = np.zeros((40, 40, 3), np.uint8)
-    edge[10:20, 15:30] = 255
-    np.testing.assert_array_equal(resize(edge, (64, 64)), pillow_resize(edge, (64, 64)))
-    for level in (0, 1, 254, 255):
-        assert (np.asarray(resize(np.full((37, 53, 3), level, np.uint8), (64, 64))) == level).all()
-
-
-def test_resize_reads_arrays_of_any_layout_and_of_jax():
-    pixels = noise(50, 60)
-    expected = pillow_resize(pixels, (24, 24))
-    for same in (np.asfortranarray(pixels), np.repeat(pixels, 2, axis=0)[::2], jax.numpy.asarray(pixels)):
-        np.testing.assert_array_equal(resize(same, (24, 24)), expected)
-
-
-def test_resize_under_strict_promotion():
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        pixels = noise(91, 83)
-        np.testing.assert_array_equal(resize(pixels, (23, 29)), pillow_resize(pixels, (23, 29)))
-        assert prepare(pixels, Preprocess(resize=21, crop=19)).shape == (1, 19, 19, 3)
-
-
-@pytest.mark.parametrize(
-    "size, crop, words",
-    [
-        ((0, 4), None, "size"),
-        ((8, 8), (0, 0, 9, 8), "crop"),
-        ((8, 8), (0, 1, 8, 8), "crop"),
-        ((8, 8), (-1, 0, 4, 4), "crop"),
-        ((8, 8), (0, 0, 0, 4), "crop"),
-    ],
-)
-def test_resize_refuses_impossible_sizes(size, crop, words):
-    with pytest.raises(ValueError, match=words):
-        resize(noise(8, 8), size, crop)
-
-
-@pytest.mark.parametrize("pixels", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), noise(0, 4)])
-def test_resize_refuses_other_arrays(pixels):
-    # A TypeError is that of jaxtyping, where the tests run with its checks.
-    with pytest.raises((ValueError, TypeError)):
-        resize(pixels, (4, 4))
-
-
-def test_a_folder_of_all_sizes_compiles_a_handful_of_programs():
-    rng = np.random.default_rng(1)
-    preprocess = Preprocess(resize=66, crop=56)  # sizes that no other test compiles
-    short, aspect = rng.integers(100, 400, 150), rng.uniform(1, 1.8, 150)
-    sizes = [(s, int(s * a))[:: rng.choice([1, -1])] for s, a in zip(short, aspect, strict=True)]
-
-    def run():
-        for height, width in sizes:
-            prepare(np.zeros((height, width, 3), np.uint8), preprocess)
-
-    assert 1 <= compilations(run) <= 10
-    assert compilations(run) == 0
-
-
 # --- prepare
 
 
 def pillow_prepare(pixels, preprocess):
     """The preparation again, by Pillow and numpy in float64, on the whole resized image."""
     height, width = pixels.shape[:2]
-    if height < width:
-        size = preprocess.resize, int(preprocess.resize * width / height)
-    else:
-        size = int(preprocess.resize * height / width), preprocess.resize
-    top, left = (size[0] - preprocess.crop) // 2, (size[1] - preprocess.crop) // 2
-    cut = pillow_resize(pixels, size)[top : top + preprocess.crop, left : left + preprocess.crop]
+    (short, _), (side, _) = preprocess.resize, preprocess.crop
+    size = int(short * height / min(height, width)), int(short * width / min(height, width))
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    cut = pillow_resize(pixels, size)[top : top + side, left : left + side]
     return (cut / 255 - np.array(preprocess.mean)) / np.array(preprocess.std)
 
 
@@ -227,6 +106,61 @@ def test_prepare_names_what_it_cannot_use():
         prepare([], SMALL)
 
 
+def test_prepare_reads_whole_images():
+    config = ViTConfig.dinov2("small", preprocess=SMALL)  # patches of 14 pixels
+    pixels = noise(45, 57)
+    mean, std = np.array(SMALL.mean), np.array(SMALL.std)
+    for size, shape in [(None, (42, 56)), (28, (28, 42)), ((56, 56), (42, 56)), ((300, 28), (28, 28)), (14, (14, 14))]:
+        found = prepare(pixels, config, size, crop=False)
+        assert found.shape == (1, *shape, 3)
+        expected = (pillow_resize(pixels, shape) / 255 - mean) / std
+        np.testing.assert_allclose(found[0], expected, rtol=0, atol=2e-6)
+    assert prepare(noise(3, 50), config, crop=False).shape == (1, 14, 56, 3)
+    whole = noise(28, 42)  # nothing is resized
+    np.testing.assert_array_equal(np.rint(denormalize(prepare(whole, config, crop=False)[0], config) * 255), whole)
+    with pytest.raises(ValueError, match="give the model's config"):
+        prepare(pixels, SMALL, crop=False)
+    with pytest.raises(ValueError, match="smaller than a patch"):
+        prepare(pixels, config, 13, crop=False)
+
+
+def test_prepare_at_sizes_that_are_not_square():
+    pixels = noise(60, 90)
+    found = prepare(pixels, Preprocess(20, 14, margin="round"), (28, 14))
+    assert found.shape == (1, 28, 14, 3)  # it covers (40, 20): resized to 40 x 60
+    expected = prepare(pillow_resize(pixels, (40, 60))[6:34, 23:37], Preprocess((28, 14), (28, 14)))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_prepare_names_images_of_several_shapes():
+    config = ViTConfig.dinov2("small", preprocess=SMALL)
+    with pytest.raises(ValueError, match=r"images 0 and 2 become 28x42 and 42x28 pixels: jaxvit\.stream"):
+        prepare([noise(28, 42), noise(30, 43), noise(42, 28)], config, crop=False)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_prepare_other_channels(channels):
+    preprocess = Preprocess(20, 14, mean=(0.1,) * channels, std=(0.3,) * channels)
+    pixels = np.random.default_rng(0).integers(0, 256, (31, 40, channels), dtype=np.uint8)
+    found = prepare(pixels, preprocess)
+    assert found.shape == (1, 14, 14, channels)
+    for i in range(channels):  # each as if it were alone: no channel is a transparency
+        alone = prepare(pixels[..., [i] * 3], Preprocess(20, 14, mean=(0.1,) * 3, std=(0.3,) * 3))
+        np.testing.assert_array_equal(found[..., i], alone[..., 0])
+    photograph = Image.fromarray(noise(31, 40))
+    if channels == 1:
+        np.testing.assert_array_equal(prepare(photograph, preprocess), prepare(photograph.convert("L"), preprocess))
+    else:
+        with pytest.raises(ImageError, match=f"the model reads {channels} channels"):
+            prepare(photograph, preprocess)
+
+
+def test_denormalize_undoes_the_normalisation():
+    pixels = noise(20, 20)
+    other = Preprocess(20, 20, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.1))
+    np.testing.assert_allclose(denormalize(prepare(pixels, other), other)[0] * 255, pixels, rtol=0, atol=1e-4)
+
+
 # --- decode
 
 RGB = noise(6, 5)
@@ -256,7 +190,8 @@ FILES = {
     "rgb.webp": (Image.fromarray(RGB), {"lossless": True}, RGB),
     "grey16.png": (Image.fromarray(GREY.astype(np.uint16) * 257), {}, GREYS),
     "grey16.tif": (Image.fromarray(GREY.astype(np.uint16) * 257), {}, GREYS),
-    "grey32.tif": (Image.fromarray(GREY.astype(np.int32) * 257), {}, GREYS),
+    "grey16.pgm": (Image.fromarray(GREY.astype(np.uint16) * 257), {}, GREYS),
+    "rgb.jp2": (Image.fromarray(RGB), {"irreversible": False}, RGB),
 }
 
 
@@ -335,7 +270,9 @@ UNUSABLE = {
     "truncated.jpg": (encode(Image.fromarray(noise(40, 40)), "JPEG")[:-400], "cannot be decoded.*truncated"),
     "header.png": (png()[:12], "is not an image|cannot be decoded"),
     "float.tif": (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point"),
-    "wide.tif": (encode(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), "70000"),
+    "wide.tif": (encode(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), "32-bit"),
+    "grey32.tif": (encode(Image.fromarray(GREY.astype(np.int32)), "TIFF"), "32-bit"),  # 0 to 255 would be black
+    "page.eps": (encode(Image.fromarray(noise(4, 4)), "EPS"), "is not an image of the formats"),
 }
 
 
@@ -399,6 +336,29 @@ def test_find_images_is_sorted_recursive_and_by_suffix(tmp_path):
     assert found == ["a.JPG", "b.png", "deep/a.tiff", "deep/er/c.webp", "folder.png/x.gif"]
 
 
+def test_find_images_follows_links_and_knows_every_suffix(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    names = ("a.jfif", "b.JPE", "c.avif", "d.mpo", "deep/e.jp2")
+    for name in names:
+        (elsewhere / name).touch()
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    (folder / "linked").symlink_to(elsewhere, target_is_directory=True)
+    (folder / "z.png").symlink_to(elsewhere / "a.jfif")
+    (folder / "gone.png").symlink_to(tmp_path / "absent.png")
+    (elsewhere / "deep" / "up").symlink_to(folder, target_is_directory=True)  # no endless walk
+    found = [p.relative_to(folder).as_posix() for p in find_images(folder)]
+    assert found == [*(f"linked/{name}" for name in names), "z.png"]
+
+
+def test_find_images_is_sorted_as_paths_are(tmp_path):
+    for name in ("a/x.png", "a.b/x.png", "a-b.png", "A.png", "a/B/y.png", "ä.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_images(tmp_path) == sorted(tmp_path.rglob("*.png"))
+
+
 def test_find_images_names_unusable_folders(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ImageError, match="holds no image"):
@@ -438,13 +398,13 @@ def test_stream_keeps_order_and_shape_and_equals_prepare():
 
 
 def test_stream_keeps_order_when_images_take_unequal_time(monkeypatch):
-    decode_ = images_module._decode
+    planes = images_module._planes
 
-    def slow(source, name):
+    def slow(source, name, channels):
         time.sleep(0.02 if len(source) % 3 == 0 else 0)
-        return decode_(source, name)
+        return planes(source, name, channels)
 
-    monkeypatch.setattr(images_module, "_decode", slow)
+    monkeypatch.setattr(images_module, "_planes", slow)
     assert [i for b in stream(SOURCES, SMALL, 2) for i in b.indices[b.valid]] == list(range(11))
 
 
@@ -476,19 +436,19 @@ def test_stream_names_sources_without_a_path():
 def test_stream_runs_ahead_and_not_far(monkeypatch):
     taken = []
     started = []
-    decode_ = images_module._decode
+    planes = images_module._planes
 
     def sources():
         for i in range(200):
             taken.append(i)
             yield SOURCES[i % len(SOURCES)]
 
-    def counting(source, name):
+    def counting(source, name, channels):
         started.append(name)
-        return decode_(source, name)
+        return planes(source, name, channels)
 
-    monkeypatch.setattr(images_module, "_decode", counting)
-    batch_size, ahead = 4, 4 + images_module._WORKERS
+    monkeypatch.setattr(images_module, "_planes", counting)
+    batch_size, ahead = 4, 4 + images_module.WORKERS
     running = stream(sources(), SMALL, batch_size)
     assert not taken
     for step in range(1, 6):
@@ -502,15 +462,15 @@ def test_stream_runs_ahead_and_not_far(monkeypatch):
 def test_stream_closed_early_leaves_no_thread_and_no_work(monkeypatch):
     list(stream(SOURCES[:8], SMALL, 8))  # compile, so that the threads below are still at work when the batch is there
     started = []
-    decode_ = images_module._decode
+    planes = images_module._planes
 
-    def slow(source, name):
+    def slow(source, name, channels):
         started.append(name)
         time.sleep(0.05)
-        return decode_(source, name)
+        return planes(source, name, channels)
 
-    monkeypatch.setattr(images_module, "_decode", slow)
-    monkeypatch.setattr(images_module, "_WORKERS", 2)
+    monkeypatch.setattr(images_module, "_planes", slow)
+    monkeypatch.setattr(images_module, "WORKERS", 2)
     running = stream(SOURCES * 20, SMALL, 8)
     next(running)
     assert threads()
@@ -562,23 +522,55 @@ def test_stream_follows_the_size():
     np.testing.assert_array_equal(batch.images, prepare(SOURCES[:2], SMALL, size=28))
 
 
-def test_stream_follows_the_default_device(monkeypatch):
-    devices, crop_ = [], images_module._crop
-
-    def crop(*args):
-        devices.append(crop_(*args).devices())
-        return crop_(*args)
-
-    monkeypatch.setattr(images_module, "_crop", crop)
+def test_stream_follows_the_default_device():
     device = jax.devices()[-1]  # the default one, unless XLA_FLAGS make more
     with jax.default_device(device):
         (batch,) = stream(SOURCES[:2], SMALL, 2)
-    assert [*devices, batch.images.devices()] == [{device}] * 3
+    assert batch.images.devices() == {device}
 
 
-def test_resize_under_jit_and_vmap():
-    images = np.random.default_rng(3).integers(0, 256, (3, 37, 51, 3), dtype=np.uint8)
-    resized = jax.jit(jax.vmap(lambda image: resize(image, (20, 28), (2, 4, 16, 16))))(images)
-    for image, result in zip(images, resized, strict=True):
-        expected = np.asarray(Image.fromarray(image).resize((28, 20), Image.Resampling.BICUBIC))
-        np.testing.assert_array_equal(result, expected[2:18, 4:20])
+def test_stream_makes_batches_of_equal_shapes():
+    config = ViTConfig.dinov2("small", preprocess=SMALL)
+    shapes = [(28, 42)] * 3 + [(42, 28)] + [(28, 42)] * 2
+    sources = [noise(*shape, seed=i) for i, shape in enumerate(shapes)]
+    batches = list(stream(sources, config, 2, crop=False, labels="abcdef", workers=3))
+    assert [b.images.shape[1:3] for b in batches] == [(28, 42), (28, 42), (42, 28), (28, 42)]
+    assert [b.valid.tolist() for b in batches] == [[True, True], [True, False], [True, False], [True, True]]
+    kept = [
+        (int(i), str(label)) for b in batches for i, label in zip(b.indices[b.valid], b.labels[b.valid], strict=True)
+    ]
+    assert kept == list(enumerate("abcdef"))
+    for batch in batches:
+        for row, index in zip(batch.images, batch.indices, strict=True):
+            np.testing.assert_array_equal(row, prepare(sources[index], config, crop=False)[0])
+
+
+def test_stream_takes_labels_along_and_never_shifts_them():
+    sources = [*SOURCES[:2], b"not an image", *SOURCES[2:4]]
+    masks = [np.full((2, 2), i) for i in range(5)]
+    skipped = []
+    batches = list(stream(sources, SMALL, 2, on_error=lambda name, error: skipped.append(name), labels=iter(masks)))
+    labels = np.concatenate([b.labels for b in batches])
+    assert labels.shape == (4, 2, 2) and labels[:, 0, 0].tolist() == [0, 1, 3, 4] and skipped == ["image 2"]
+    assert all(b.labels is None for b in stream(SOURCES[:2], SMALL, 2))
+    for few in (masks[:4], [*masks, masks[0]]):
+        with pytest.raises(ValueError, match="not as many labels as images"):
+            list(stream(sources, SMALL, 2, on_error=lambda name, error: None, labels=few))
+    with pytest.raises(ValueError, match="workers must be at least 1"):
+        stream(SOURCES, SMALL, 2, workers=0)
+
+
+def test_a_batch_is_a_pytree_of_its_arrays():
+    traces = []
+
+    @jax.jit
+    def mean(batch):
+        traces.append(batch.names)
+        return jax.tree.map(lambda x: x + 0, batch)
+
+    batches = list(stream(SOURCES[:4], SMALL, 2, labels=range(4)))
+    found = [mean(batch) for batch in batches]
+    assert traces == [()]  # other names compile nothing
+    assert [leaf.shape for leaf in jax.tree.leaves(found[0])] == [(2, 14, 14, 3), (2,), (2,), (2,)]
+    assert found[1].labels.tolist() == [2, 3] and found[1].names == ()
+    jax.block_until_ready(batches)

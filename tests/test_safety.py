@@ -376,7 +376,7 @@ def open_clip(folder, state, vision=VISION, file="open_clip_model.safetensors", 
 def test_open_clip_folders(tmp_path, file):
     config = convert.load(open_clip(tmp_path, clip_state(), file=file)).config
     assert (config.mlp, config.heads, config.eps) == ("gelu", 1, 1e-5)
-    assert config.preprocess == Preprocess(16, 16, tuple(MEAN), tuple(STD))
+    assert config.preprocess == Preprocess(16, 16, tuple(MEAN), tuple(STD), margin="round")
 
 
 @pytest.mark.parametrize(
@@ -422,5 +422,5 @@ def test_open_clip_around_timm(tmp_path, monkeypatch):
     vision = {"timm_model_name": "vit_tiny_siglip", "timm_pool": "map", "timm_proj": "none", "image_size": 16}
     config = convert.load(open_clip(tmp_path, state | {"logit_bias": torch.zeros(1)}, vision)).config
     assert (config.heads, config.mlp, config.pool) == (2, "gelu_tanh", "attention")
-    assert config.preprocess == Preprocess(16, 16, tuple(MEAN), tuple(STD))
+    assert config.preprocess == Preprocess(16, 16, tuple(MEAN), tuple(STD), margin="round")
     fails(open_clip(tmp_path, state | {"visual.head.proj.weight": torch.zeros(24, 64)}, vision), "visual.head.proj")

@@ -24,7 +24,7 @@ def batches_of(images: Images) -> Iterable[Array | np.ndarray | Batch]:
 def images_and_valid(batch: Array | np.ndarray | Batch) -> tuple[Array, np.ndarray]:
     """The images of a batch, and which of them count."""
     if isinstance(batch, Batch):
-        return batch.images, batch.valid
+        return batch.images, np.asarray(batch.valid)
     if np.ndim(batch) != 4:
         raise ValueError(f"images have shape {list(np.shape(batch))}; expected [batch, height, width, 3 channels]")
     return jnp.asarray(batch), np.ones(len(batch), bool)

@@ -1,7 +1,7 @@
-"""From photographs to the arrays a model reads: decode, resize as Pillow does, crop the centre, normalise.
+"""From photographs to the arrays a model reads: decode, resize with Pillow, crop the centre, normalise.
 
-Published features were made from images that Pillow resized, and another antialiased bicubic moves pixels by a few
-grey levels. `resize` is therefore Pillow's arithmetic (libImaging/Resample.c), bit for bit, as a JAX program.
+Published features were made from images that Pillow resized, and another antialiased bicubic moves pixels by a few grey
+levels. So Pillow resizes here too, in threads, with the filter and the rounding that the checkpoint's own library uses.
 """
 
 from __future__ import annotations
@@ -12,28 +12,41 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from functools import cache
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from jaxvit.model.config import Preprocess, ViTConfig
+from jaxvit.model.config import Preprocess, ViTConfig, both_sides
 
 Source = str | os.PathLike | bytes | Image.Image | np.ndarray | Array
-"""One image: a path, the bytes of a file, a Pillow image, or uint8 pixels [H, W, 3] or [H, W]."""
+"""One image: a path, the bytes of a file, a Pillow image, or uint8 pixels [H, W, C] or [H, W]."""
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+FORMATS = {
+    "AVIF": ("avif", "avifs"),
+    "BMP": ("bmp", "dib"),
+    "GIF": ("gif",),
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
+    "JPEG2000": ("jp2", "j2k", "jpf", "jpx"),
+    "MPO": ("mpo",),
+    "PNG": ("png", "apng"),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
+    "TIFF": ("tif", "tiff"),
+    "WEBP": ("webp",),
+}
+"""Pillow's formats that are decoded -> their suffixes. Others are refused: Pillow hands EPS to Ghostscript, for one."""
+
+SUFFIXES = frozenset(f".{suffix}" for suffixes in FORMATS.values() for suffix in suffixes)
 """What `find_images` takes for an image, in lower case."""
 
-_BITS = 22  # fractional bits of Pillow's fixed-point weights for 8-bit images
-_WORKERS = min(8, os.cpu_count() or 1)
+WORKERS = min(8, os.cpu_count() or 1)
+"""Threads that prepare the images of a stream, unless it is told how many."""
 
 
 class ImageError(ValueError):
@@ -42,127 +55,32 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of a stream, always as many as its batch size.
+    """Images of a stream, always as many as its batch size, and all of one shape.
+
+    A batch is a pytree of its arrays. Names are no part of it, as they would make `jax.jit` compile for each batch.
+    They are empty in what comes out of a transformation; `indices` still tells which images these are.
 
     Attributes:
       images: prepared images, as from `prepare`.
-      valid: False where the last image was repeated to fill the last batch; `features[batch.valid]` drops those.
+      valid: False where the last image was repeated to fill the batch; `features[batch.valid]` drops those.
       indices: where each image stands among the sources.
+      labels: the label of each image, or None for a stream without labels.
       names: the path of each image, or "image 3" for the source at index 3 that has none.
     """
 
-    images: Float[Array, "batch side side 3"]
-    valid: Bool[np.ndarray, " batch"]
-    indices: Int[np.ndarray, " batch"]
-    names: tuple[str, ...]
+    images: Float[Array, "batch height width channels"]
+    valid: Bool[np.ndarray | Array, " batch"]
+    indices: Int[np.ndarray | Array, " batch"]
+    labels: np.ndarray | Array | None = None
+    names: tuple[str, ...] = ()
 
 
-def resize(
-    image: UInt8[np.ndarray | Array, "height width 3"],
-    size: tuple[int, int],
-    crop: tuple[int, int, int, int] | None = None,
-) -> UInt8[Array, "rows columns 3"]:
-    """Pillow's `resize(..., Image.BICUBIC)`, equal in every bit.
-
-    The order of the two passes is Pillow 13's. Earlier versions always take the horizontal one first, and so differ in
-    some pixels, mostly by one grey level, where a picture more than twice as tall as wide is shrunk in proportion.
-
-    Only the part of `image` that the result depends on is sent to the device, padded to one of a few sizes: photographs
-    of all sizes share a handful of compiled programs for each size of the result. Under `jax.jit` and `jax.vmap`, where
-    the size of the image is fixed anyway, nothing is padded.
-
-    Args:
-      image: RGB pixels.
-      size: (height, width) of the whole resized image, in pixels.
-      crop: (top, left, height, width), the window of the resized image to compute; default: all of it.
-
-    Raises:
-      ValueError: if the image is not uint8 [H, W, 3] with at least one pixel, a side of the result is not positive, or
-        the window is empty or reaches outside `size`.
-    """
-    traced = isinstance(image, Tracer)
-    pixels: Any = image if traced else np.asarray(image)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        raise ValueError(f"expected uint8 pixels [height, width, 3], got {_describe(pixels)}; use jaxvit.decode")
-    top, left, height, width = crop or (0, 0, *size)
-    if min(size) < 1:
-        raise ValueError(f"the resized image cannot be of size (height, width) {size}; sides must be at least 1")
-    if min(top, left) < 0 or min(height, width) < 1 or top + height > size[0] or left + width > size[1]:
-        raise ValueError(f"crop (top, left, height, width) {crop} must lie inside the resized image, {size}")
-    rows, *vertical = _taps(pixels.shape[0], size[0], top, height)
-    columns, *horizontal = _taps(pixels.shape[1], size[1], left, width)
-    # Pillow takes the vertical pass first where that leaves less to do, and rounds after each pass: order matters.
-    lost_rows, lost_columns = pixels.shape[0] - size[0], pixels.shape[1] - size[1]
-    vertical_first = lost_rows > max(0, 2 * lost_columns)
-
-    needed = pixels[rows, columns]
-    sides = [_bucket(side, 256) for side in needed.shape[:2]]
-    taps = _bucket(max(len(vertical[0]), len(horizontal[0])), 8)
-    return _resample(
-        needed if traced else _pad(needed, *sides, 3),
-        [_pad(a, taps, width) for a in horizontal],
-        [_pad(a, taps, height) for a in vertical],
-        vertical_first,
-    )
+jax.tree_util.register_dataclass(
+    Batch, data_fields=("images", "valid", "indices", "labels"), meta_fields=(), drop_fields=("names",)
+)
 
 
-def _taps(source: int, target: int, start: int, length: int) -> tuple[slice, np.ndarray, np.ndarray]:
-    """For outputs start .. start + length - 1 of a side: the slice of the source they read, and how.
-
-    How: indices into that slice and fixed-point weights, both int32 [taps, length]. Where the side does not change, the
-    weights are those of the identity. Floating-point operations are in the order of Pillow's `precompute_coeffs`.
-    """
-    scale = source / target
-    stretch = max(scale, 1.0)
-    center = (np.arange(start, start + length) + 0.5) * scale
-    low = np.maximum(center - 2 * stretch + 0.5, 0).astype(np.int64)
-    high = np.minimum((center + 2 * stretch + 0.5).astype(np.int64), source)
-
-    index = low + np.arange((high - low).max())[:, None]
-    x = np.abs((index - center + 0.5) * (1 / stretch))
-    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
-    weight = np.where(index < high, np.where(x < 1, near, np.where(x < 2, far, 0.0)), 0.0)
-    weight /= np.cumsum(weight, axis=0)[-1]  # not np.sum, which adds in another order
-    weight = weight * 2**_BITS + np.copysign(0.5, weight)  # the cast truncates: halves are rounded away from zero
-
-    first, last = int(low.min()), int(high.max())
-    index = np.minimum(index, last - 1) - first
-    return slice(first, last), index.astype(np.int32), weight.astype(np.int32)
-
-
-def _bucket(n: int, least: int) -> int:
-    """The first of least, 1.5 least, 2 least, 3 least, 4 least, ... that holds n."""
-    while least < n:
-        least = least * 3 // 2 if least & (least - 1) == 0 else least * 4 // 3
-    return least
-
-
-def _pad(array: np.ndarray, *shape: int) -> np.ndarray:
-    """Zeros at the end of each axis. No tap reads padded pixels; padded taps have weight 0."""
-    padded = np.zeros(shape, array.dtype)
-    padded[tuple(map(slice, array.shape))] = array
-    return padded
-
-
-@partial(jax.jit, static_argnames="vertical_first")
-def _resample(image: Array, horizontal: Sequence[Array], vertical: Sequence[Array], vertical_first: bool) -> Array:
-    for axis in (0, 1) if vertical_first else (1, 0):
-        # A pass gathers along its first axis: whole rows of memory, which is what makes it fast on a CPU.
-        image = _pass(image.swapaxes(0, axis), *(vertical, horizontal)[axis]).swapaxes(0, axis)
-    return image
-
-
-def _pass(source: Array, index: Array, weight: Array) -> Array:
-    flat = source.reshape(len(source), -1)
-
-    def add_tap(total: Array, tap: tuple[Array, Array]) -> tuple[Array, None]:
-        index, weight = tap
-        pixels = flat.at[index].get(mode="promise_in_bounds").astype(jnp.int32)
-        return total + weight[:, None] * pixels, None
-
-    half = jnp.full((index.shape[1], flat.shape[1]), 1 << (_BITS - 1), jnp.int32)
-    total, _ = jax.lax.scan(add_tap, half, (index, weight), unroll=4)
-    return jnp.clip(total >> _BITS, 0, 255).astype(jnp.uint8).reshape(-1, *source.shape[1:])
+# Decoding -------------------------------------------------------------------------------------------------------------
 
 
 def decode(source: Source) -> UInt8[np.ndarray, "height width 3"]:
@@ -173,33 +91,60 @@ def decode(source: Source) -> UInt8[np.ndarray, "height width 3"]:
     is scaled to 8 bits instead of clipped. Of a file with several frames, the first is taken.
 
     Raises:
-      ImageError: if there is no such file, it is not an image, is damaged, or has more pixels than
-        `PIL.Image.MAX_IMAGE_PIXELS`; or if pixels given as an array are not uint8 [H, W, 3] or [H, W].
+      ImageError: if there is no such file, it is of none of `FORMATS`, is damaged, has more pixels than
+        `PIL.Image.MAX_IMAGE_PIXELS`, or is grey of a range that is not known; or if pixels given as an array are not
+        uint8 [H, W, 3] or [H, W].
       TypeError: if `source` is none of the types of `Source`.
+
+    Example:
+
+        jaxvit.decode("photo.jpg").shape  # (480, 640, 3)
     """
-    return _decode(source, _name(source, "the image"))
+    name = _name(source, "the image")
+    return _pixels(source, name, 3) if _is_array(source) else np.asarray(_image(source, name, "RGB"))
 
 
-def _decode(source: Source, name: str) -> np.ndarray:
-    if isinstance(source, (np.ndarray, jax.Array)):
-        pixels = np.asarray(source)
-        if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((), (3,)) or pixels.ndim < 2:
-            raise ImageError(
-                f"{name} is {_describe(pixels)}; expected uint8 [height, width, 3] or [height, width], 0 to 255"
-            )
-        pixels = np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels
-    elif isinstance(source, (str, os.PathLike, bytes, Image.Image)):
-        try:
-            pixels = _pixels(_open(source, name), name)
-        except (ImageError, MemoryError):
-            raise
-        except Exception as error:  # damaged files make Pillow raise OSError, SyntaxError, ValueError, struct.error...
-            raise ImageError(f"{name} cannot be decoded, is it damaged? Pillow says: {error}") from error
-    else:
-        raise TypeError(f"{name} is a {type(source).__name__}; expected a path, bytes, Pillow image or uint8 array")
+def _planes(source: Source, name: str, channels: int) -> list[Image.Image]:
+    """The image as Pillow resizes it: as a whole if it is RGB, else channel by channel.
+
+    As a whole, Pillow would take the fourth channel for transparency, and weigh the others with it.
+    """
+    if _is_array(source):
+        pixels = _pixels(source, name, channels)
+        return [Image.fromarray(each) for each in ([pixels] if channels == 3 else np.moveaxis(pixels, 2, 0))]
+    if channels not in (1, 3):
+        raise ImageError(f"{name} is a picture, and the model reads {channels} channels: give uint8 [H, W, {channels}]")
+    return [_image(source, name, "RGB" if channels == 3 else "L")]
+
+
+def _pixels(source: Any, name: str, channels: int) -> np.ndarray:
+    pixels = np.asarray(source)
+    if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((), (channels,)) or pixels.ndim < 2:
+        raise ImageError(
+            f"{name} is an array of {pixels.dtype} {list(pixels.shape)}; expected uint8 [height, width, {channels}] or "
+            f"[height, width], 0 to 255"
+        )
+    return _some(pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], channels, axis=2), name)
+
+
+def _some(pixels: np.ndarray, name: str) -> np.ndarray:
     if not pixels.size:
         raise ImageError(f"{name} has no pixels: its size is {pixels.shape[0]}x{pixels.shape[1]}")
     return pixels
+
+
+def _image(source: Source, name: str, mode: str) -> Image.Image:
+    if not isinstance(source, (str, os.PathLike, bytes, Image.Image)):
+        raise TypeError(f"{name} is a {type(source).__name__}; expected a path, bytes, Pillow image or uint8 array")
+    try:
+        image = _upright(_open(source, name), name).convert(mode)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # damaged files make Pillow raise OSError, SyntaxError, ValueError, struct.error...
+        raise ImageError(f"{name} cannot be decoded, is it damaged? Pillow says: {error}") from error
+    if not image.width * image.height:
+        raise ImageError(f"{name} has no pixels: its size is {image.height}x{image.width}")
+    return image
 
 
 def _open(source: str | os.PathLike | bytes | Image.Image, name: str) -> Image.Image:
@@ -212,14 +157,21 @@ def _open(source: str | os.PathLike | bytes | Image.Image, name: str) -> Image.I
         if not data:
             raise ImageError(f"{name} is empty (0 bytes)")
         try:
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=_formats())
         except UnidentifiedImageError as error:
-            raise ImageError(f"{name} is not an image in a format that Pillow can read") from error
+            raise ImageError(f"{name} is not an image of the formats {', '.join(_formats())}") from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ImageError(bomb) from error
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ImageError(bomb)
     return image
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow can decode."""
+    Image.init()
+    return tuple(format for format in FORMATS if format in Image.OPEN)
 
 
 def _read(path: Path) -> bytes:
@@ -233,146 +185,312 @@ def _read(path: Path) -> bytes:
         raise ImageError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _pixels(image: Image.Image, name: str) -> np.ndarray:
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    """The image as its EXIF says it is held, in 8 bits."""
+    # Pillow reads 16-bit grey as "I;16", but for PPM, whose values it scales to 16 bits of the 32 of an "I".
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
+    if sixteen:
         grey = np.asarray(image).astype(np.int64)
-        if grey.size and (grey.min() < 0 or grey.max() > 65535):
-            raise ImageError(f"{name} is grey from {grey.min()} to {grey.max()}; expected 16 bits, 0 to 65535")
-        return np.repeat(((grey * 255 + 32767) // 65535).astype(np.uint8)[:, :, None], 3, axis=2)
-    if image.mode == "F":
-        raise ImageError(f"{name} is floating-point grey, whose black and white are unknown; scale it to 8 bits first")
+        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise ImageError(f"{name} is {kind} grey, whose black and white are unknown; scale it to 8 bits first")
     if image.mode == "P":
         image = image.convert("RGBA")  # the same colours, and no warning about transparent palettes
-    return np.asarray(image.convert("RGB"))
+    return image
+
+
+# Preparing ------------------------------------------------------------------------------------------------------------
 
 
 def prepare(
-    images: Source | Sequence[Source], config: ViTConfig | Preprocess, size: int | None = None
-) -> Float[Array, "batch side side 3"]:
-    """What a model reads: the short side resized, the centre cropped, scaled to [0, 1] and normalised per channel.
+    images: Source | Sequence[Source],
+    config: ViTConfig | Preprocess,
+    size: int | tuple[int, int] | None = None,
+    *,
+    crop: bool = True,
+) -> Float[Array, "batch height width channels"]:
+    """What a model reads: resized and cropped as its `Preprocess` says, scaled to [0, 1], normalised per channel.
 
     Args:
-      images: one image, or several. uint8 [B, H, W, 3] is several.
+      images: one image, or several. uint8 [B, H, W, C] is several.
       config: whose preparation to follow.
-      size: side of the crop in pixels, if not the configuration's; the resize keeps its proportion to it.
+      size: pixels of the crop, one number or (height, width), if not the configuration's. The resize keeps its
+        proportion to it.
+      crop: False takes the whole image. It keeps its size, or is resized to the short side `size`, or to fit into
+        (height, width); then each side goes to the nearest multiple of the patch. `config` must be a ViTConfig.
 
     Returns:
-      float32 [B, size, size, 3]; B is 1 for one image.
+      float32 [B, height, width, C]; B is 1 for one image.
 
     Raises:
       ImageError: as `decode`, naming the image.
-      ValueError: if there are no images.
+      ValueError: if there are no images, the results have several shapes (`stream` takes those), or the size makes no
+        sense.
+
+    Example:
+
+        jaxvit.prepare("photo.jpg", model.config)  # [1, 224, 224, 3]
+        jaxvit.prepare("photo.jpg", model.config, crop=False)  # of a photograph of 448x570: [1, 448, 574, 3]
     """
-    preprocess = _preprocess(config, size)
+    sizing = Sizing(config, size, crop)
     sources = cast("Sequence[Source]", [images] if _is_one(images) else images)
-    crops = [_crop(source, _name(source, f"image {i}"), preprocess) for i, source in enumerate(sources)]
-    if not crops:
+    made = [sizing.apply(source, _name(source, f"image {i}")) for i, source in enumerate(sources)]
+    if not made:
         raise ValueError("there are no images to prepare: the sequence is empty")
-    return _normalise(crops, preprocess)
+    if other := [i for i, pixels in enumerate(made) if pixels.shape != made[0].shape]:
+        shapes = " and ".join("x".join(map(str, made[i].shape[:2])) for i in (0, other[0]))
+        raise ValueError(f"images 0 and {other[0]} become {shapes} pixels: jaxvit.stream makes batches of equal shapes")
+    return sizing.normalise(made)
 
 
-def _crop(source: Source, name: str, preprocess: Preprocess) -> Array:
-    pixels = _decode(source, name)
-    short = min(pixels.shape[:2])
-    # The long side is truncated and the margin floored, as in transformers; torchvision rounds the margin.
-    height, width = (int(preprocess.resize * side / short) for side in pixels.shape[:2])
-    side = preprocess.crop
-    return resize(pixels, (height, width), ((height - side) // 2, (width - side) // 2, side, side))
+def denormalize(
+    images: Float[Array, "*batch channels"], config: ViTConfig | Preprocess
+) -> Float[Array, "*batch channels"]:
+    """Undoes the normalisation of `prepare`: the channels in [0, 1], to look at.
 
+    Args:
+      images: prepared images, or patches, or anything whose last axis are the channels.
+      config: whose preparation they follow.
 
-@partial(jax.jit, static_argnums=1)
-def _normalise(crops: list[Array], preprocess: Preprocess) -> Array:
-    mean, std = np.array([preprocess.mean, preprocess.std], np.float32).reshape(2, 1, 1, 1, 3)
-    return (jnp.stack(crops).astype(jnp.float32) / 255 - mean) / std
+    Example:
 
-
-def _preprocess(config: ViTConfig | Preprocess, size: int | None) -> Preprocess:
+        photograph = np.asarray(jaxvit.denormalize(images[0], model.config) * 255).round().astype("uint8")
+    """
     preprocess = config.preprocess if isinstance(config, ViTConfig) else config
-    return preprocess if size is None else preprocess.at(size)
+    shape = (1,) * (images.ndim - 1) + (-1,)
+    mean, std = (jnp.asarray(each, images.dtype).reshape(shape) for each in (preprocess.mean, preprocess.std))
+    return images * std + mean
+
+
+class Sizing:
+    """How images of any shape become arrays of the shape that is asked for, as `prepare` says it."""
+
+    def __init__(self, config: ViTConfig | Preprocess, size: int | tuple[int, int] | None, crop: bool):
+        preprocess = config.preprocess if isinstance(config, ViTConfig) else config
+        self.preprocess = preprocess.at(size) if crop else preprocess
+        self.patch, self.size = 0, size  # a patch of 0: crop
+        if crop:
+            return
+        if not isinstance(config, ViTConfig):
+            raise ValueError("crop=False rounds sides to multiples of the patch: give the model's config, not its part")
+        self.patch = config.patch
+        if size is not None and min(both_sides(size, "size")) < self.patch:
+            raise ValueError(f"size {size} is smaller than a patch, {self.patch} pixels")
+
+    def apply(self, source: Source, name: str) -> np.ndarray:
+        """The pixels [height, width, C] before they are normalised: grey levels, whole or not."""
+        p = self.preprocess
+        planes = _planes(source, name, len(p.mean))
+        width, height = planes[0].size
+        size = self.whole(height, width) if self.patch else fitted(height, width, p)
+        if not p.whole:
+            planes = [band.convert("F") for plane in planes for band in plane.split()]
+        filter = Image.Resampling[p.interpolation.upper()]
+        pixels = np.dstack([np.asarray(plane.resize((size[1], size[0]), filter)) for plane in planes])
+        return pixels if self.patch else centre(pixels, p)
+
+    def whole(self, height: int, width: int) -> tuple[int, int]:
+        """The multiples of the patch that are nearest to the image at the size asked for."""
+        if self.size is None:
+            ratio, most = 1.0, (height + self.patch, width + self.patch)
+        elif isinstance(self.size, tuple):
+            ratio, most = min(self.size[0] / height, self.size[1] / width), self.size
+        else:
+            ratio = self.size / min(height, width)
+            most = (height * ratio + self.patch, width * ratio + self.patch)
+        sides = [
+            (round(n * ratio / self.patch), int(m // self.patch)) for n, m in zip((height, width), most, strict=True)
+        ]
+        rows, columns = (max(1, min(nearest, most)) for nearest, most in sides)
+        return rows * self.patch, columns * self.patch
+
+    def normalise(self, pixels: Sequence[np.ndarray]) -> Array:
+        mean, std = (np.array(each, np.float32) for each in (self.preprocess.mean, self.preprocess.std))
+        return _normalise(np.stack(pixels), mean, std)
+
+
+@jax.jit
+def _normalise(pixels: Array, mean: Array, std: Array) -> Array:
+    return (pixels.astype(jnp.float32) / 255 - mean[None, None, None]) / std[None, None, None]
+
+
+def fitted(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
+    """(height, width) of an image after the resize."""
+    rows, columns = preprocess.resized
+    if preprocess.fit == "none":
+        return height, width
+    if preprocess.fit == "stretch":
+        return rows, columns
+    if preprocess.fit == "cover" and rows == columns:
+        # torchvision and transformers truncate the long side.
+        short = min(height, width)
+        return int(rows * height / short), int(rows * width / short)
+    # timm rounds both sides.
+    ratio = (max if preprocess.fit == "contain" else min)(height / rows, width / columns)
+    return max(round(height / ratio), 1), max(round(width / ratio), 1)
+
+
+def centre(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    """The centre of the crop's size; a side that is shorter is padded."""
+    cut, pad = [], []
+    up = preprocess.margin == "floor"
+    for side, crop in zip(pixels.shape, preprocess.size, strict=False):
+        spare = side - crop
+        # Half a pixel too many: transformers rounds the crop's start down and the padding up, to the same effect;
+        # torchvision rounds the crop's start to even, and the padding down.
+        start = max(spare // 2 if up else round(spare / 2), 0)
+        before = max(-(spare // 2) if up else -spare // 2, 0)
+        cut.append(slice(start, start + crop))
+        pad.append((before, max(-spare - before, 0)))
+    pixels = pixels[tuple(cut)]
+    if any(map(any, pad)):
+        fill = [round(255 * m) if preprocess.fill == "mean" else 0 for m in preprocess.mean]
+        whole = np.empty((*preprocess.size, len(fill)), pixels.dtype)
+        whole[:] = fill
+        (top, _), (left, _) = pad
+        whole[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+        return whole
+    return pixels
+
+
+# Folders and streams --------------------------------------------------------------------------------------------------
 
 
 def find_images(folder: str | os.PathLike) -> list[Path]:
-    """The images in a folder and its subfolders, by suffix (`SUFFIXES`), sorted; hidden files are left out.
+    """The images in a folder and its subfolders, linked ones too, by suffix (`SUFFIXES`), sorted; no hidden files.
 
     Raises:
-      ImageError: if there is no such folder, or no image in it.
+      ImageError: if there is no such folder, it holds no image, or a folder within it cannot be read.
+
+    Example:
+
+        paths = jaxvit.find_images("photographs")
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ImageError(f"{folder} is {'a file, not a folder' if folder.exists() else 'not there'}; expected a folder")
-    # macOS leaves a hidden "._photo.jpg", which is no image, beside each photo.jpg that it copies.
-    visible = (p for p in folder.rglob("*") if not any(part[0] == "." for part in p.relative_to(folder).parts))
-    found = [p for p in visible if p.suffix.lower() in SUFFIXES and p.is_file()]
+    found = [Path(path) for path in _walk(os.fspath(folder), ())]
     if not found:
         raise ImageError(f"{folder} holds no image, at any depth; looked for {', '.join(sorted(SUFFIXES))}")
-    return sorted(found)
+    return found
+
+
+def _walk(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Paths of images in the order of their parts. `above` are the folders around this one, without links."""
+    try:
+        here = os.path.realpath(folder)
+        if here in above:  # a link to a folder around it
+            return
+        with os.scandir(folder) as entries:
+            # macOS leaves a hidden "._photo.jpg", which is no image, beside each photo.jpg that it copies.
+            visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        raise ImageError(f"{folder} cannot be read: {error.strerror}") from error
+    for entry in visible:
+        if entry.is_dir():
+            yield from _walk(entry.path, (*above, here))
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():  # noqa: PTH122 a million of them
+            yield entry.path
 
 
 def stream(
     sources: Iterable[Source],
     config: ViTConfig | Preprocess,
     batch_size: int,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     on_error: Callable[[str, ImageError], None] | None = None,
+    *,
+    crop: bool = True,
+    labels: Iterable[Any] | None = None,
+    workers: int | None = None,
 ) -> Iterator[Batch]:
-    """Any number of images, prepared as by `prepare`, in order, in batches of one constant shape.
+    """Any number of images, prepared as by `prepare`, in order, in batches of one size.
 
     Threads prepare the next images while the caller uses a batch. They run ahead by at most a batch and one image per
     thread, so memory does not grow with the number of images; `sources` may be a generator. The threads end with the
     iterator: at its end, at an error, or when it is closed or dropped.
 
+    Images of one batch have one shape. Where the shape changes (`crop=False`), the batch is filled up and the next one
+    begins, so rows keep the order of the sources. Sort sources by shape if there are many shapes: each compiles.
+
     Args:
       sources: images; see `find_images` for those of a folder.
-      config, size: as for `prepare`.
-      batch_size: images in a batch; the last batch is filled by repeating its last image, see `Batch.valid`.
+      config, size, crop: as for `prepare`.
+      batch_size: images in a batch; one with fewer is filled by repeating its last image, see `Batch.valid`.
       on_error: called as on_error(name, error) for an image that cannot be used, which is then left out.
+      labels: one for each of the sources, for `Batch.labels`.
+      workers: threads; by default one for each core, and 8 at most.
 
     Raises:
       ImageError: when the stream reaches an image that cannot be used, if there is no `on_error`.
-      ValueError: if `sources` is a single image or `batch_size` is not positive.
+      ValueError: if `sources` is a single image, or `batch_size` or `workers` is not positive; when the stream reaches
+        the end of the labels before that of the sources, or the other way round.
+
+    Example:
+
+        for batch in jaxvit.stream(jaxvit.find_images("photographs"), model.config, batch_size=32):
+            features = model(batch.images).cls[batch.valid]
     """
     if _is_one(sources):
         raise ValueError("sources is one image, path or folder; expected several: [image], or find_images(folder)")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    return _stream(sources, _preprocess(config, size), batch_size, on_error)
+    workers = WORKERS if workers is None else workers
+    for name, number in (("batch_size", batch_size), ("workers", workers)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, not {number}")
+    return _stream(_labelled(sources, labels), Sizing(config, size, crop), batch_size, on_error, workers)
+
+
+def _labelled(sources: Iterable[Source], labels: Iterable[Any] | None) -> Iterator[tuple[Source, Any]]:
+    if labels is None:
+        yield from zip(sources, repeat(None))
+        return
+    pairs = zip(sources, labels, strict=True)
+    while True:
+        try:
+            pair = next(pairs, None)
+        except ValueError as error:
+            raise ValueError(f"there are not as many labels as images: {error}") from error
+        if pair is None:
+            return
+        yield pair
 
 
 def _stream(
-    sources: Iterable[Source],
-    preprocess: Preprocess,
+    pairs: Iterable[tuple[Source, Any]],
+    sizing: Sizing,
     batch_size: int,
     on_error: Callable[[str, ImageError], None] | None,
+    workers: int,
 ) -> Iterator[Batch]:
-    # `with jax.default_device(...)` does not reach other threads by itself.
-    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-
-    def work(source: Source, name: str) -> Array:
-        with jax.default_device(device):
-            return _crop(source, name, preprocess)
-
     def batch() -> Batch:
         valid = np.arange(batch_size) < len(ready)
-        indices, names, crops = zip(*ready, *[ready[-1]] * (batch_size - len(ready)), strict=True)
-        return Batch(_normalise(list(crops), preprocess), valid, np.array(indices), names)
+        indices, names, labels, pixels = zip(*ready, *[ready[-1]] * (batch_size - len(ready)), strict=True)
+        known = None if labels[0] is None else np.stack([np.asarray(label) for label in labels])
+        return Batch(sizing.normalise(pixels), valid, np.array(indices), known, names)
 
-    numbered, waiting, ready = enumerate(sources), deque(), []
-    pool = ThreadPoolExecutor(_WORKERS, "jaxvit-images")
+    numbered, waiting, ready = enumerate(pairs), deque(), []
+    pool = ThreadPoolExecutor(workers, "jaxvit-images")
     try:
         while True:
-            for index, source in islice(numbered, batch_size + _WORKERS - len(waiting)):
+            for index, (source, label) in islice(numbered, batch_size + workers - len(waiting)):
                 name = _name(source, f"image {index}")
-                waiting.append((index, name, pool.submit(work, source, name)))
+                waiting.append((index, name, label, pool.submit(sizing.apply, source, name)))
             if not waiting:
                 break
-            index, name, crop = waiting.popleft()
+            index, name, label, made = waiting.popleft()
             try:
-                ready.append((index, name, crop.result()))
+                pixels = made.result()
             except ImageError as error:
                 if on_error is None:
                     raise
                 on_error(name, error)
+                continue
+            if ready and pixels.shape != ready[0][-1].shape:
+                yield batch()
+                ready = []
+            ready.append((index, name, label, pixels))
             if len(ready) == batch_size:
                 yield batch()
                 ready = []
@@ -382,15 +500,17 @@ def _stream(
         pool.shutdown(cancel_futures=True)
 
 
+def _is_array(source: object) -> bool:
+    return isinstance(source, (np.ndarray, jax.Array))
+
+
 def _is_one(images: object) -> bool:
-    if isinstance(images, (np.ndarray, jax.Array)):
-        return images.ndim < 4
-    return isinstance(images, (str, os.PathLike, bytes, Image.Image))
+    return (
+        cast("np.ndarray", images).ndim < 4
+        if _is_array(images)
+        else isinstance(images, (str, os.PathLike, bytes, Image.Image))
+    )
 
 
 def _name(source: object, default: str) -> str:
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else default
-
-
-def _describe(pixels: np.ndarray) -> str:
-    return f"an array of {pixels.dtype} {list(pixels.shape)}"

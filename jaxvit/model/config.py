@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from math import inf, isfinite
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
@@ -25,6 +26,12 @@ FinalNorm = Literal["tokens", "pooled", "none"]
 Pool = Literal["cls", "mean", "cls_mean", "attention", "distilled"]
 """What `Output.pooled` is: [CLS]; the mean of the patches; both, one after the other (2 D numbers); what a learned
 query attends to (`jaxvit.model.heads`); or the mean of [CLS] and the last register: a distilled DeiT's second."""
+
+Fit = Literal["cover", "contain", "stretch", "none"]
+"""How an image is brought to a size; see `Preprocess`."""
+
+Interpolation = Literal["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
+"""Pillow's filters. All but "nearest" average over the pixels that a shrunk image merges."""
 
 Rope = Literal["float32", "bfloat16"]
 """Rotary positions as in DINOv3, with periods in this type: its training rounded them, its later ports do not."""
@@ -48,23 +55,116 @@ _DINOV2_SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize the short side to `resize`, crop the centre to `crop` x `crop`, scale to [0, 1], normalise per channel.
+    """How photographs become what a model reads: resize, cut out the centre, scale to [0, 1], normalise per channel.
 
-    Lengths in pixels; `mean` and `std` in units of the [0, 1] range, in RGB order.
+    Attributes:
+      resize: (height, width) in pixels that `fit` refers to; one number stands for both.
+      crop: (height, width) in pixels of what the model reads, or one number for both. Where the resized image is
+        smaller, it is padded.
+      mean, std: of each channel, in units of the [0, 1] range, in RGB order. 0 and 1 leave the range [0, 1] as it is.
+      fit: how an image is brought to `resize`. "cover": the aspect ratio is kept and the image covers `resize`, so its
+        short side becomes that of a square. "contain": the aspect ratio is kept and the image fits inside. "stretch":
+        both sides become those of `resize`. "none": it keeps its size.
+      interpolation: Pillow's filter.
+      margin: how half a pixel of the margin around the crop is rounded: "floor", as transformers does it, or "round",
+        to even, as torchvision and timm do it.
+      fill: what is padded, "black" or the "mean".
+      whole: whether resized values are rounded to whole grey levels, as Pillow does it; DINOv3's processor in
+        transformers does not.
+
+    Example:
+
+        Preprocess(256, 224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear")
     """
 
-    resize: int = 256
-    crop: int = 224
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    resize: int | tuple[int, int] = (256, 256)
+    crop: int | tuple[int, int] = (224, 224)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    fit: Fit = "cover"
+    interpolation: Interpolation = "bicubic"
+    margin: Literal["floor", "round"] = "floor"
+    fill: Literal["black", "mean"] = "black"
+    whole: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.crop <= self.resize:
-            raise ValueError(f"crop {self.crop} must be positive and at most resize {self.resize}")
+        for name in ("resize", "crop"):
+            object.__setattr__(self, name, both_sides(getattr(self, name), name))
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+        choices = {"fit": get_args(Fit), "interpolation": get_args(Interpolation)}
+        choices |= {"margin": ("floor", "round"), "fill": ("black", "mean"), "whole": (False, True)}
+        for name, kinds in choices.items():
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; known: {', '.join(map(str, kinds))}")
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ValueError(f"mean {self.mean} and std {self.std} must have one number for each channel")
+        if not all(map(isfinite, self.mean)) or not all(0 < x < inf for x in self.std):
+            raise ValueError(f"mean {self.mean} and std {self.std} must be finite, and std positive")
 
-    def at(self, size: int) -> Preprocess:
-        """The same preparation for crops of `size` pixels: the resize keeps its proportion to the crop."""
-        return replace(self, resize=round(self.resize * size / self.crop), crop=size)
+    def at(self, size: int | tuple[int, int] | None) -> Preprocess:
+        """The same preparation for crops of `size` pixels: the resize keeps its proportion to the crop. None: itself.
+
+        Example:
+
+            Preprocess(256, 224).at(448).resize  # (512, 512)
+        """
+        if size is None:
+            return self
+        height, width = both_sides(size, "size")
+        (rows, columns), (h, w) = self.resized, self.size
+        return replace(self, resize=(round(rows * height / h), round(columns * width / w)), crop=(height, width))
+
+    def in_words(self) -> str:
+        """The preparation as one line.
+
+        Example:
+
+            Preprocess().in_words()  # short side to 256, bicubic; crop 224x224; mean 0.485 0.456 0.406, std ..
+        """
+        h, w = self.resized
+        side = f"{h}x{w}"
+        fits = {
+            "cover": f"short side to {h}" if h == w else f"cover {side}",
+            "contain": f"long side to {h}" if h == w else f"fit into {side}",
+            "stretch": f"stretch to {side}",
+            "none": "no resize",
+        }
+        parts = [fits[self.fit] + (f", {self.interpolation}" if self.fit != "none" else "")]
+        crop = "x".join(map(str, self.size))
+        if not (self.fit == "stretch" and self.crop == self.resize):
+            parts.append(f"crop{f' or pad with {self.fill}' if self.pads else ''} {crop}")
+        mean, std = (" ".join(f"{x:.3g}" for x in numbers) for numbers in (self.mean, self.std))
+        return "; ".join([*parts, f"mean {mean}, std {std}"])
+
+    @property
+    def pads(self) -> bool:
+        """Whether an image may come out smaller than the crop."""
+        return self.fit in ("contain", "none") or any(c > r for c, r in zip(self.size, self.resized, strict=True))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels of what the model reads."""
+        return both_sides(self.crop, "crop")
+
+    @property
+    def resized(self) -> tuple[int, int]:
+        """(height, width) in pixels that `fit` refers to."""
+        return both_sides(self.resize, "resize")
+
+
+def both_sides(size: Any, name: str) -> tuple[int, int]:
+    """(height, width) from one number or both.
+
+    Raises:
+      ValueError: neither, or not positive.
+    """
+    sides = (size, size) if isinstance(size, Integral) else tuple(size) if isinstance(size, tuple | list) else ()
+    if len(sides) == 2 and all(isinstance(n, Integral) and not isinstance(n, bool) for n in sides):
+        height, width = map(int, sides)
+        if min(height, width) > 0:
+            return height, width
+    raise ValueError(f"{name} is {size!r}; expected pixels, one number or (height, width)")
 
 
 @dataclass(frozen=True)
@@ -190,7 +290,8 @@ class ViTConfig:
         Raises:
           ValueError: if a side is not a positive multiple of the patch size.
         """
-        height = self.preprocess.crop if height is None else height
+        if height is None:
+            height, width = self.preprocess.size if width is None else (width, width)
         width = height if width is None else width
         if height < 1 or width < 1 or height % self.patch or width % self.patch:
             raise ValueError(
@@ -231,7 +332,9 @@ class ViTConfig:
         """
         made = {**values}
         if "preprocess" in made:
-            made["preprocess"] = _strict(Preprocess, made["preprocess"], mean=tuple, std=tuple)
+            lists = dict.fromkeys(("resize", "crop"), lambda v: tuple(v) if isinstance(v, list) else v)
+            numbers = dict.fromkeys(("mean", "std"), lambda v: tuple(map(float, v)))
+            made["preprocess"] = _strict(Preprocess, made["preprocess"], **lists, **numbers)
         return _strict(cls, made, grid=tuple)
 
 
