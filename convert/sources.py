@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import sys
-import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -23,8 +20,10 @@ from jaxvit.io.checkpoint import SafetensorsFile, sha256
 
 from .clip import OPENAI
 from .engine import ConversionError, Renamed, Tensors, tensor_shape
+from .files import first_sentence, is_torchscript, kind_of
 from .foreign import describe_foreign
 from .onnx_graph import read_onnx
+from .pickles import Inert, load_pickle
 from .timm import POOLS, architecture_hints, folder_hints, module_hints, pixels
 from .torchscript import read_torchscript
 
@@ -127,11 +126,9 @@ def versions(*packages: str) -> dict[str, str]:
 
 def _file(path: Path, branch: Branch | None) -> Source:
     description = {"kind": "file", "path": path.name, "sha256": {path.name: _checked(path)}}
-    if path.suffix == ".onnx":
-        ignored = {"decoder.*": "what the export puts behind the backbone"}
-        return Source(read_onnx(path), description, ignored=ignored)
     tensors, taken = _read(path, branch)
-    return _taken(Source(tensors, description), taken)
+    ignored = {"decoder.*": "what the export puts behind the backbone"} if kind_of(path) == "onnx" else {}
+    return _taken(Source(tensors, description, ignored=ignored), taken)
 
 
 def _taken(source: Source, taken: str) -> Source:
@@ -144,7 +141,8 @@ def _taken(source: Source, taken: str) -> Source:
 
 def _read(path: Path, branch: Branch | None = None) -> tuple[Tensors, str]:
     """The tensors of a file, and which of the weights it holds they are, as `_state_dict` says it."""
-    if path.suffix == ".safetensors":
+    kind = kind_of(path)
+    if kind == "safetensors":
         try:
             file = SafetensorsFile(path)
         except CheckpointError as error:
@@ -152,66 +150,16 @@ def _read(path: Path, branch: Branch | None = None) -> tuple[Tensors, str]:
         if branch is None:
             return file, ""
         return Renamed(file, {name: name for name in of_branch(file, branch)}), branch
-    if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        return _read_pickle(path, branch)
-    if path.suffix == ".json":
-        raise ConversionError(f"{path} holds no tensors: give the folder that holds it, {path.parent}")
-    raise ConversionError(f"{path} is of no known kind: expected .safetensors, .pth, .pt, .bin, .ckpt or .onnx")
-
-
-def _read_pickle(path: Path, branch: Branch | None) -> tuple[Tensors, str]:
-    with open(path, "rb") as f:
-        zipped = f.read(4) == b"PK\x03\x04"  # since PyTorch 1.6; older files cannot be mapped into memory
-    if zipped and _is_torchscript(path):
+    if kind == "onnx":
+        return read_onnx(path), ""
+    if kind == "zip" and is_torchscript(path):
         return read_torchscript(path), ""
-    try:
-        import torch
-    except ImportError:
-        raise ConversionError(
-            f"reading {path} needs torch: pip install torch, or convert a .safetensors file"
-        ) from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters of what torch warns of, it then raises
-            # weights_only: tensors and plain containers; nothing else in the pickle is executed.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ConversionError(f"{path} holds {refused[1]}, which is not trusted: expected only tensors") from error
-        reason = _first_sentence(str(error).split("WeightsUnpickler error:")[-1])
-        raise ConversionError(f"{path} is not a PyTorch file of tensors alone: {reason}") from error
-    except Exception as error:  # what a broken pickle makes Python raise has no common class
-        reason = _first_sentence(str(error)) if isinstance(error, RuntimeError) else repr(error)
-        raise ConversionError(f"{path} is not a complete PyTorch file: {reason}") from error
+    content = load_pickle(path, mapped=kind == "zip")  # older files cannot be mapped into memory
     if not isinstance(content, Mapping):
-        raise ConversionError(f"{path} holds a {type(content).__name__}, expected a state dict")
+        what = "settings alone" if isinstance(content, Inert) else f"a {type(content).__name__}"
+        raise ConversionError(f"{path} holds {what}, expected a state dict")
     state, taken = _state_dict(content, branch)
     return _arrays(_bounded(path, state)), taken
-
-
-INFLATED = 2**26
-"""Bytes that the compressed members of an archive, the code of TorchScript, may take beyond the size of the file."""
-
-
-def _is_torchscript(path: Path) -> bool:
-    """Whether a zip archive is one of TorchScript, as OpenAI's CLIPs are. Archives are never extracted.
-
-    Raises:
-      ConversionError: it claims to hold more than a file of its size can.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise ConversionError(f"{path} is not a complete PyTorch file: {_first_sentence(str(error))}") from error
-    claimed = sum(member.file_size for member in members)
-    if claimed > path.stat().st_size + INFLATED:
-        raise ConversionError(
-            f"{path} claims to hold {claimed:,} bytes in a file of {path.stat().st_size:,}: "
-            f"expected an archive of torch.save, which compresses no tensors"
-        )
-    inside = [member.filename.partition("/")[2] for member in members]
-    return "constants.pkl" in inside and any(name.startswith("code/") for name in inside)
 
 
 def _bounded(path: Path, state: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -223,11 +171,6 @@ def _bounded(path: Path, state: Mapping[Any, Any]) -> Mapping[Any, Any]:
     if large := [name for name, value in tensors.items() if value.numel() * value.element_size() > size]:
         raise ConversionError(f"{path} has {size:,} bytes, but these tensors claim more: {', '.join(map(str, large))}")
     return state
-
-
-def _first_sentence(message: str) -> str:
-    message = re.sub(r"^\[enforce fail at [^\]]*\][\s.]*", "", message.strip())  # a line of torch's own source
-    return re.split(r"\.\s|\n", message)[0]
 
 
 NETWORKS: dict[str, tuple[str, ...]] = {
@@ -301,7 +244,7 @@ def _arrays(state: Mapping[Any, Any]) -> dict[str, np.ndarray]:
         try:
             arrays[name] = _array(value)
         except (TypeError, RuntimeError) as error:  # quantised, sparse, on no device ..
-            problems.append(f"{name} ({_first_sentence(str(error))})")
+            problems.append(f"{name} ({first_sentence(str(error))})")
     if problems:
         raise ConversionError(f"these tensors are no plain arrays: {', '.join(problems)}")
     return arrays
@@ -542,7 +485,7 @@ def _refusal(error: Exception, revision: str | None) -> str:
         return "it has no such repository, or a private one that needs HF_TOKEN set to a token that may read it"
     if isinstance(error, RevisionNotFoundError):
         return f"the repository has no revision {revision}"
-    return _first_sentence(str(error)).removeprefix("Got: ") or type(error).__name__
+    return first_sentence(str(error)).removeprefix("Got: ") or type(error).__name__
 
 
 # Live modules ---------------------------------------------------------------------------------------------------------

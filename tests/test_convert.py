@@ -796,7 +796,7 @@ def test_pickles_of_other_things(tmp_path):
     fails(saved(tmp_path / "some.pth", [1, 2]), "list", "state dict")
     fails(saved(tmp_path / "some.pth", {"epoch": 3}), "epoch", "state dict")
     fails(saved(tmp_path / "some.pth", torch.nn.Linear(2, 2)), "Linear", "not trusted")
-    fails(saved(tmp_path / "some.pth", types.SimpleNamespace(a=1)), "SimpleNamespace", "not trusted")
+    fails(saved(tmp_path / "some.pth", types.SimpleNamespace(a=1)), "settings alone", "state dict")
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
