@@ -10,7 +10,7 @@ if __name__ == "convert":  # in a checkout, this is jaxvit.convert
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
@@ -26,6 +26,7 @@ from jaxvit.model.params import abstract, from_params, to_params
 
 from . import clip, deit, dino, dinov2, dinov3, timm
 from .engine import ConversionError, Layout, Tensors, convert_tensors, locate, stream_tensors
+from .meta import field_of
 from .sources import Branch, Source, open_source, versions
 
 __all__ = ["ConversionError", "Options", "Reading", "convert", "convert_to_folder", "load", "load_described"]
@@ -217,26 +218,12 @@ def read(source: Any, **known: Unpack[Reading]) -> Source:
     """The tensors of a source, and what is known about them."""
     opened = open_source(source, known.get("revision"), known.get("architecture"), known.get("branch"))
     if fields := known.get("config"):
-        if unknown := sorted(set(fields) - set(CONFIG_FIELDS)):
-            raise ConversionError(f"a config has no {', '.join(unknown)}; it has {', '.join(CONFIG_FIELDS)}")
         fields = {name: field_of(name, value) for name, value in fields.items()}
-        opened.hints = {**opened.hints, **fields}
+        unsure = {name: why for name, why in opened.hints.get("unsure", {}).items() if name not in fields}
+        told = (*opened.hints.get("told", ()), *fields)
+        opened.hints = {**opened.hints, **fields, "unsure": unsure, "told": told}
         opened.description["config given"] = dict(fields)
     return opened
-
-
-def field_of(name: str, value: Any) -> Any:
-    """A field of a config from what JSON or a command line can say: a grid as "2x8" or [2, 8]."""
-    if name != "grid":
-        return value
-    try:
-        rows, columns = value.split("x") if isinstance(value, str) else value
-        return int(rows), int(columns)
-    except (TypeError, ValueError):
-        raise ConversionError(f"grid is {value!r}; expected rows and columns of patches, such as 2x8") from None
-
-
-CONFIG_FIELDS = tuple(field.name for field in fields(jaxvit.ViTConfig))
 
 
 def reading(options: Mapping[str, Any]) -> Reading:
