@@ -25,7 +25,16 @@ from jaxvit.model.config import Resampling
 from jaxvit.model.params import abstract, from_params, to_params
 
 from . import clip, deit, dino, dinov2, dinov3, timm
-from .engine import ConversionError, Layout, Tensors, convert_tensors, locate, stream_tensors
+from .engine import (
+    ConversionError,
+    Layout,
+    Renamed,
+    convert_tensors,
+    larger_model,
+    locate,
+    stream_tensors,
+    unused,
+)
 from .meta import field_of
 from .sources import Branch, Source, open_source, versions
 
@@ -50,12 +59,14 @@ class Reading(TypedDict, total=False):
       architecture: timm's name of the model, such as "vit_base_patch16_clip_224", for a bare file in timm's layout.
       branch: of a training checkpoint that holds several: "teacher", "student", "ema" (the moving average of weights)
         or "raw" (the weights that were optimised); by default the first of teacher, ema and raw that it holds.
+      prefix: of an encoder inside a larger model, such as "pretrained.": tensors outside it are not taken.
       config: fields of the config that neither tensors nor files beside them tell, such as {"mlp": "quick_gelu"}.
     """
 
     revision: str | None
     architecture: str | None
     branch: Branch | None
+    prefix: str | None
     config: Mapping[str, Any] | None
 
 
@@ -216,7 +227,7 @@ def check_dtype(dtype: DTypeLike) -> None:
 
 def read(source: Any, **known: Unpack[Reading]) -> Source:
     """The tensors of a source, and what is known about them."""
-    opened = open_source(source, known.get("revision"), known.get("architecture"), known.get("branch"))
+    opened = open_source(source, *(known.get(name) for name in ("revision", "architecture", "branch", "prefix")))
     if fields := known.get("config"):
         fields = {name: field_of(name, value) for name, value in fields.items()}
         unsure = {name: why for name, why in opened.hints.get("unsure", {}).items() if name not in fields}
@@ -244,7 +255,7 @@ def is_jaxvit_folder(source: Any) -> bool:
     return True
 
 
-def recognise(source: Source) -> tuple[Layout, Tensors, jaxvit.ViTConfig]:
+def recognise(source: Source) -> tuple[Layout, Renamed, jaxvit.ViTConfig]:
     """The layout of a source, its tensors under the layout's names, and its config.
 
     What had to be assumed is set as `source.assumed`.
@@ -257,12 +268,15 @@ def recognise(source: Source) -> tuple[Layout, Tensors, jaxvit.ViTConfig]:
             f"--set mlp=.. and --set eps=.. (config={{'heads': .., 'mlp': .., 'eps': ..}}), or give the weights alone"
         )
     try:
-        config, assumed = layout.config(tensors, {**source.hints, "prefix": tensors.prefix})
+        prefix = source.hints.get("within", "") + tensors.prefix
+        config, assumed = layout.config(tensors, {**source.hints, "prefix": prefix})
         source.assumed = {**assumed, **source.hints.get("unsure", {})}
         return layout, tensors, config
     except KeyError as error:
         raise ConversionError(f"not a complete {layout.name} checkpoint: {error.args[0]} is missing") from None
     except (ValueError, IndexError) as error:
         if isinstance(error, ConversionError):
+            if more := larger_model(tensors, unused(layout, tensors, source.ignored)):
+                raise ConversionError(f"{error}; {more}") from None
             raise
         raise ConversionError(f"the shapes in this {layout.name} checkpoint fit no config: {error}") from None

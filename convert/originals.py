@@ -37,7 +37,7 @@ from jaxvit.model.config import Resampling
 
 from . import Reading, assumptions, dinov3, is_jaxvit_folder, read, recognise, versions
 from .engine import ConversionError, Layout, Tensors, tensor_shape
-from .sources import unwrapped
+from .sources import submodule, unwrapped
 
 READ = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out") + (
     "resid_post",
@@ -118,8 +118,8 @@ def original_of(source: Any, resampling: Resampling | None = None, **known: Unpa
       ConversionError: the source cannot be read, or its library's model does not take its tensors.
     """
     if isinstance(source, torch.nn.Module):
-        source = unwrapped(source)
         _, _, config = recognise(read(source, **known))
+        source = submodule(source, prefix) if (prefix := known.get("prefix")) else unwrapped(source)
         return Original(_name(source), source, config, overriding(resampling, config))
     if is_jaxvit_folder(source):
         raise ConversionError(f"{source} is a jaxvit model: its original is the PyTorch checkpoint it was made from")
