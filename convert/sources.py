@@ -39,7 +39,7 @@ VARIANTS = re.compile(
 )
 """The names that transformers' `save_pretrained(.., variant="fp16")` gives."""
 PRECISIONS = ("fp32", "fp16", "bf16")
-"""Of several variants, these come first, then others by name; of one, safetensors come before pickles."""
+"""Safetensors come before pickles. Of several variants of a kind these come first, then others by name."""
 CONFIG_FILES = ["config.json", "preprocessor_config.json", OPEN_CLIP_CONFIG]
 VARIANT_ORDER = (*PRECISIONS, "*")
 HUB_FILES = (
