@@ -10,7 +10,7 @@ if __name__ == "convert":  # in a checkout, this is jaxvit.convert
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
@@ -25,8 +25,17 @@ from jaxvit.model.config import Resampling
 from jaxvit.model.params import abstract, from_params, to_params
 
 from . import clip, deit, dino, dinov2, dinov3, timm
-from .engine import ConversionError, Layout, Tensors, convert_tensors, locate, stream_tensors
-from .preparation import SAY
+from .engine import (
+    ConversionError,
+    Layout,
+    Renamed,
+    convert_tensors,
+    larger_model,
+    locate,
+    stream_tensors,
+    unused,
+)
+from .meta import field_of
 from .sources import Branch, Source, open_source, versions
 
 __all__ = ["ConversionError", "Options", "Reading", "convert", "convert_to_folder", "load", "load_described"]
@@ -50,12 +59,14 @@ class Reading(TypedDict, total=False):
       architecture: timm's name of the model, such as "vit_base_patch16_clip_224", for a bare file in timm's layout.
       branch: of a training checkpoint that holds several: "teacher", "student", "ema" (the moving average of weights)
         or "raw" (the weights that were optimised); by default the first of teacher, ema and raw that it holds.
+      prefix: of an encoder inside a larger model, such as "pretrained.": tensors outside it are not taken.
       config: fields of the config that neither tensors nor files beside them tell, such as {"mlp": "quick_gelu"}.
     """
 
     revision: str | None
     architecture: str | None
     branch: Branch | None
+    prefix: str | None
     config: Mapping[str, Any] | None
 
 
@@ -218,47 +229,19 @@ def check_dtype(dtype: DTypeLike) -> None:
 
 def read(source: Any, **known: Unpack[Reading]) -> Source:
     """The tensors of a source, and what is known about them."""
-    opened = open_source(source, known.get("revision"), known.get("architecture"), known.get("branch"))
+    opened = open_source(source, *(known.get(name) for name in ("revision", "architecture", "branch", "prefix")))
     if fields := known.get("config"):
-        if unknown := sorted(set(fields) - set(CONFIG_FIELDS)):
-            raise ConversionError(f"a config has no {', '.join(unknown)}; it has {', '.join(CONFIG_FIELDS)}")
         fields = {name: field_of(name, value) for name, value in fields.items()}
-        opened.hints = {**opened.hints, **fields}
+        unsure = {name: why for name, why in opened.hints.get("unsure", {}).items() if name not in fields}
+        told = (*opened.hints.get("told", ()), *fields)
+        opened.hints = {**opened.hints, **fields, "unsure": unsure, "told": told}
+        if "preprocess" in fields:
+            opened.hints["preparation"] = "given"
         # What was given may be a Preprocess; a provenance is JSON.
         opened.description["config given"] = {
             name: asdict(value) if isinstance(value, jaxvit.Preprocess) else value for name, value in fields.items()
         }
-        if "preprocess" in fields:
-            opened.hints = {**opened.hints, "preparation": "given", "unsure": {}}
     return opened
-
-
-def field_of(name: str, value: Any) -> Any:
-    """A field of a config from what JSON or a command line can say: a grid as "2x8" or [2, 8]."""
-    if name == "preprocess":
-        return preprocess_of(value)
-    if name != "grid":
-        return value
-    try:
-        rows, columns = value.split("x") if isinstance(value, str) else value
-        return int(rows), int(columns)
-    except (TypeError, ValueError):
-        raise ConversionError(f"grid is {value!r}; expected rows and columns of patches, such as 2x8") from None
-
-
-def preprocess_of(value: Any) -> jaxvit.Preprocess:
-    """A preparation from the fields that JSON gives; one that is given already stays."""
-    if isinstance(value, jaxvit.Preprocess):
-        return value
-    try:
-        if not isinstance(value, Mapping):
-            raise TypeError("expected its fields")
-        return jaxvit.ViTConfig.from_dict(dict(depth=1, width=1, heads=1, hidden=1, preprocess=value)).preprocess
-    except (TypeError, ValueError) as error:
-        raise ConversionError(f"preprocess is {value!r}, which makes no sense ({error}): {SAY}") from None
-
-
-CONFIG_FIELDS = tuple(field.name for field in fields(jaxvit.ViTConfig))
 
 
 def reading(options: Mapping[str, Any]) -> Reading:
@@ -279,7 +262,7 @@ def is_jaxvit_folder(source: Any) -> bool:
     return True
 
 
-def recognise(source: Source) -> tuple[Layout, Tensors, jaxvit.ViTConfig]:
+def recognise(source: Source) -> tuple[Layout, Renamed, jaxvit.ViTConfig]:
     """The layout of a source, its tensors under the layout's names, and its config.
 
     What had to be assumed is set as `source.assumed`.
@@ -292,12 +275,15 @@ def recognise(source: Source) -> tuple[Layout, Tensors, jaxvit.ViTConfig]:
             f"--set mlp=.. and --set eps=.. (config={{'heads': .., 'mlp': .., 'eps': ..}}), or give the weights alone"
         )
     try:
-        config, assumed = layout.config(tensors, {**source.hints, "prefix": tensors.prefix})
+        prefix = source.hints.get("within", "") + tensors.prefix
+        config, assumed = layout.config(tensors, {**source.hints, "prefix": prefix})
         source.assumed = {**assumed, **source.hints.get("unsure", {})}
         return layout, tensors, config
     except KeyError as error:
         raise ConversionError(f"not a complete {layout.name} checkpoint: {error.args[0]} is missing") from None
     except (ValueError, IndexError) as error:
         if isinstance(error, ConversionError):
+            if more := larger_model(tensors, unused(layout, tensors, source.ignored)):
+                raise ConversionError(f"{error}; {more}") from None
             raise
         raise ConversionError(f"the shapes in this {layout.name} checkpoint fit no config: {error}") from None

@@ -108,6 +108,9 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         help="which weights of a training checkpoint with several (default: the first of teacher, ema, raw)",
     )
     parser.add_argument(
+        "--prefix", help="of an encoder inside a larger model, such as pretrained.: tensors outside it are not taken"
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -127,7 +130,11 @@ def reading_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         except ValueError:
             config[name] = value  # a word
     return Reading(
-        revision=options.revision, architecture=options.architecture, branch=options.branch, config=config or None
+        revision=options.revision,
+        architecture=options.architecture,
+        branch=options.branch,
+        prefix=options.prefix,
+        config=config or None,
     )
 
 

@@ -41,7 +41,9 @@ def config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
 
 def is_own(tensors: Tensors, hints: Mapping[str, Any]) -> bool:
     """Whether this is DINO's or iBOT's for sure: it was beside a student or a teacher, or has what only these have."""
-    beside = hints.get("prefix", "") + str(hints.get("branch", ""))
+    prefix = hints.get("prefix", "")
+    # `teacher_backbone.` is the name of libraries that train backbones of others.
+    beside = "" if "_backbone" in prefix else prefix + str(hints.get("branch", ""))
     marks = ("masked_embed", "blocks.0.gamma_1", "head.mlp.0.weight", "head.last_layer.weight_v")
     return "teacher" in beside or "student" in beside or any(name in tensors for name in marks)
 

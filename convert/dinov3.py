@@ -2,7 +2,8 @@
 
 Rotary positions on patches alone, registers (Meta: storage tokens), keys without a bias. Meta's files keep the rotary
 periods rounded to bfloat16, and its code reads them; the other two compute them in float32. Meta's keys have a bias and
-a mask of zeros over it.
+a mask of zeros over it. By its defaults Meta's training code makes another model: no storage tokens, no mask, periods
+in float32, and norms of another epsilon.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxvit import ViTConfig
+from jaxvit.model.config import Rope
 from jaxvit.model.positions import rope_periods
 
 from .engine import ConversionError, Decided, Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv
@@ -47,15 +49,68 @@ HUB_NAMES = Names(registers=("storage_tokens",), gates=("w1", "w2"), out="w3")
 PERIODS = "rope_embed.periods"
 
 
+BIAS, BIAS_MASK = f"{BLOCK}.attn.qkv.bias", f"{BLOCK}.attn.qkv.bias_mask"
+
+
 def hub_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
-    family: dict[str, Any] = FAMILY | dict(rope="bfloat16", preprocess=META)
+    rope, assumed = rope_of(tensors, hints)
+    if PERIODS in tensors:  # one for every four numbers of a head
+        width, head = shape_of(tensors, "cls_token", 3)[-1], 4 * shape_of(tensors, PERIODS, 1)[0]
+        if width % max(head, 1) or hints.get("heads", width // head) != width // head:
+            also = f", not to {hints['heads']} heads" if "heads" in hints else ""
+            raise ConversionError(f"{PERIODS} belong to heads of {head} numbers at width {width}{also}")
+        hints = {**hints, "heads": width // head}
+    eps, why = eps_of(tensors, rope, hints)
+    assumed |= {"eps": why} if why else {}
+    if key_biases(tensors):
+        assumed["qkv_bias"] = "of keys too: no bias_mask takes them away, as it does in Meta's own files"
+    family: dict[str, Any] = FAMILY | dict(rope=rope, eps=eps, preprocess=META)
     found = read_config(tensors, hints, HUB_NAMES, families=("DINOv3",), always=ALWAYS, **family)
-    config = found.config
-    expected = rope_periods(config.head_size, config.rope_base, "bfloat16")
-    if PERIODS in tensors and not np.array_equal(np.asarray(tensors[PERIODS], np.float64), expected):
-        raise ConversionError(f"{PERIODS} are not those of base 100 in bfloat16: rotary positions of another kind")
-    assumed = {} if PERIODS in tensors else {"rope": "as Meta's files have it; this one has no periods"}
     return found.assuming(SHARED | assumed | {**found.assumed}, hints)
+
+
+def rope_of(tensors: Tensors, hints: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """The type that rotary periods have, and why it is an assumption.
+
+    Raises:
+      ConversionError: those in the file are of another base, or of another kind.
+    """
+    if PERIODS not in tensors:
+        return "bfloat16", {"rope": "as Meta's files have it; this one has no periods"}
+    periods, base = np.asarray(tensors[PERIODS], np.float64), hints.get("rope_base", FAMILY["rope_base"])
+    kinds: tuple[Rope, ...] = ("bfloat16", "float32")
+    fit = [kind for kind in kinds if base > 0 and np.array_equal(periods, rope_periods(4 * len(periods), base, kind))]
+    if not fit:
+        raise ConversionError(
+            f"{PERIODS} are not those of base {base:g}, in bfloat16 or float32: if it was trained with another base "
+            f"(pos_embed_rope_base), say --set rope_base=.. (config={{'rope_base': ..}}); other ways to space them are "
+            f"not known here"
+        )
+    return hints["rope"] if hints.get("rope") in fit else fit[0], {}
+
+
+def key_biases(tensors: Tensors) -> bool:
+    """Whether keys have biases that count: Meta's own models mask them, its training code by default does not."""
+    return BIAS.format(i=0) in tensors and BIAS_MASK.format(i=0) not in tensors
+
+
+def eps_of(tensors: Tensors, rope: str, hints: Mapping[str, Any]) -> tuple[float, str]:
+    """The epsilon of norms, and why it is an assumption. No tensor shows it; what does is what it comes with: Meta's
+    models have 1e-5, the defaults of its training code 1e-6.
+
+    Raises:
+      ConversionError: the model is neither like the ones nor like the other.
+    """
+    kind = ("storage_tokens" in tensors, not key_biases(tensors), rope)
+    if kind == (True, True, "bfloat16") or "eps" in hints:
+        return 1e-5, ""
+    if kind == (False, False, "float32"):
+        return 1e-6, "the default of DINOv3's training code, norm_layer: layernorm; layernormbf16 has 1e-5"
+    raise ConversionError(
+        "this DINOv3 is neither like Meta's models nor like the defaults of its training code, and no tensor shows the "
+        "epsilon of its norms: say --set eps=1e-6 (config={'eps': 1e-6}) if it was trained with norm_layer: layernorm, "
+        "or 1e-5 for layernormbf16"
+    )
 
 
 def masked(bias: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
@@ -76,22 +131,27 @@ def with_mask(bias: np.ndarray) -> list[np.ndarray]:
 
 
 def hub_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
-    bias, mask = f"{BLOCK}.attn.qkv.bias", f"{BLOCK}.attn.qkv.bias_mask"
+    rules = table(config, tensors, HUB_NAMES)
+    if key_biases(tensors):
+        return rules
     # Without the mask a bias of keys would count, and with rotary positions change attention.
-    both = Rule((bias, mask), ("blocks.attn.qkv.bias",), masked, with_mask)
-    return [both if rule.sources == (bias,) else rule for rule in table(config, tensors, HUB_NAMES)]
+    both = Rule((BIAS, BIAS_MASK), ("blocks.attn.qkv.bias",), masked, with_mask)
+    return [both if rule.sources == (BIAS,) else rule for rule in rules]
 
 
 HUB = Layout(
     name="dinov3/hub",
-    anchors=("cls_token", "storage_tokens", "blocks.0.attn.qkv.weight", "blocks.0.ls1.gamma"),
+    anchors=("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.ls1.gamma"),
     config=hub_config,
     rules=hub_rules,
     ignored={
         "mask_token": MASK,
         PERIODS: "computed, and compared",
         "local_cls_norm.*": "the norm of [CLS] of the small crops of pretraining",
+        **dict.fromkeys(("dino_head.*", "ibot_head.*"), "a head that pretraining puts on top of the backbone"),
     },
+    # By default its training code makes no storage tokens.
+    accepts=lambda tensors, hints: "pos_embed" not in tensors and ("storage_tokens" in tensors or PERIODS in tensors),
 )
 
 # timm -----------------------------------------------------------------------------------------------------------------

@@ -309,14 +309,34 @@ def stream_tensors(
         problems += _step(put if not problems else _drop, rule, sources, block, tensors, shapes, dtype)
         if sum(math.prod(shapes[target][1:]) for target in rule.targets) > 2**20:
             _give_back()
-    patterns = [*layout.ignored, *(ignored or ())]
-    unused = [name for name in tensors if name not in used]
-    left = [name for name in unused if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    problems += [f"{name} is not expected" for name in left]
-    if like := describe_foreign_extras(left):
-        problems.append(f"it looks like {like}")
+    left = unused(layout, tensors, ignored or {}, used)
+    like, larger = describe_foreign_extras(left), larger_model(tensors, left)
+    if like or not larger or problems:
+        problems += [f"{name} is not expected" for name in left]
+        problems += [f"it looks like {like}"] * bool(like)
+    else:
+        problems = [*(f"{name} is not expected" for name in left[:3]), larger]
     if problems:
         raise ConversionError(f"not a complete {layout.name} checkpoint: " + "; ".join(problems))
+
+
+def unused(layout: Layout, tensors: Tensors, ignored: Mapping[str, str], used: Collection[str] = ()) -> list[str]:
+    """Names that no rule uses, and that neither the layout nor `ignored` gives a reason for."""
+    patterns = [*layout.ignored, *ignored]
+    left = [name for name in tensors if name not in used]
+    return [name for name in left if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def larger_model(tensors: Tensors, left: Sequence[str]) -> str:
+    """What to do about an encoder inside a larger model, if tensors are left outside of its prefix; else empty."""
+    prefix = getattr(tensors, "prefix", "")
+    outside = [name for name in left if name.endswith(f" (outside {prefix})")]
+    if not outside or not prefix:
+        return ""
+    return (
+        f"{len(outside)} tensors, such as {outside[0].partition(' ')[0]}, stand beside {prefix}*: if this is an "
+        f"encoder inside a larger model, say --prefix {prefix} (prefix='{prefix}') to take it alone"
+    )
 
 
 def _step(

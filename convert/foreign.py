@@ -25,6 +25,9 @@ BESIDE: Table = {
     "a masked autoencoder with its decoder (leave out the names with decoder, they are not needed for features)": (
         r"(^|\.)(decoder_(embed|blocks|pos_embed|pred)|decoder\.decoder_(layers|embed|pos_embed))\b",
     ),
+    "a checkpoint of two networks (say which one to take, --branch teacher or --branch student)": (
+        r"^(student|teacher)\S* \(outside ",
+    ),
     "a Swin Transformer": (
         r"(layers|stages)\.\d+\.blocks\..*(relative_position_bias_table|cpb_mlp)|features\.\d+\.\d+\.attn\.relative_",
     ),

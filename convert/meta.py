@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from jaxvit import ViTConfig
+from jaxvit.model.config import CHOICES, KINDS
 
 from .catalogue import known
 from .engine import ConversionError, Decided, Rule, Tensors, copy, linear, norm, patch_conv, split_linear, tensor_shape
+from .preparation import given
 from .published import heads
 
 MEASURED = {"depth", "width", "hidden", "cls", "registers", "patch", "grid", "positions", "layer_scale", "norm"} | {
@@ -233,6 +235,37 @@ OWN_PREFIX = re.compile(
     r"dinov2|dinov2_with_registers|clip|vision_tower|trunk|model_ema|ema)\.)*"
 )
 """Wrappers in which families publish their models. Other wrappers may hold another family of the same names."""
+
+
+def field_of(name: str, value: Any) -> Any:
+    """A field of a config from what JSON, a command line or Python say: a grid as "2x8" or [2, 8], 1 for 1.0.
+
+    Raises:
+      ConversionError: a config has no such field, or a field no such value.
+    """
+    types = {field.name: str(field.type) for field in fields(ViTConfig)}
+    if name not in types:
+        raise ConversionError(f"a config has no {name}; it has {', '.join(types)}")
+    expected = ""
+    if name == "grid":
+        try:
+            rows, columns = value.split("x") if isinstance(value, str) else value
+            return int(rows), int(columns)
+        except (TypeError, ValueError):
+            expected = "rows and columns of patches, such as 2x8"
+    elif name == "preprocess":
+        return given(value)
+    elif name in CHOICES and value not in list(CHOICES[name]):
+        expected = f"one of {', '.join(map(str, CHOICES[name]))}"
+    elif types[name] in KINDS:
+        kind, words = KINDS[types[name]]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            expected = words
+        elif types[name] == "float":
+            value = float(value)
+    if expected:
+        raise ConversionError(f"{name} is {value!r}; expected {expected}")
+    return value
 
 
 def decide(

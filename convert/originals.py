@@ -35,9 +35,9 @@ from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3_vit
 from jaxvit import ViTConfig
 from jaxvit.model.config import Resampling
 
-from . import Reading, assumptions, is_jaxvit_folder, read, recognise, versions
+from . import Reading, assumptions, dinov3, is_jaxvit_folder, read, recognise, versions
 from .engine import ConversionError, Layout, Tensors, tensor_shape
-from .sources import unwrapped
+from .sources import submodule, unwrapped
 
 READ = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out") + (
     "resid_post",
@@ -118,8 +118,8 @@ def original_of(source: Any, resampling: Resampling | None = None, **known: Unpa
       ConversionError: the source cannot be read, or its library's model does not take its tensors.
     """
     if isinstance(source, torch.nn.Module):
-        source = unwrapped(source)
         _, _, config = recognise(read(source, **known))
+        source = submodule(source, prefix) if (prefix := known.get("prefix")) else unwrapped(source)
         return Original(_name(source), source, config, overriding(resampling, config))
     if is_jaxvit_folder(source):
         raise ConversionError(f"{source} is a jaxvit model: its original is the PyTorch checkpoint it was made from")
@@ -421,7 +421,12 @@ def _dinov3_hub(layout: Layout, tensors: Tensors, state: Tensors, config: ViTCon
     if config.mlp == "swiglu":
         for ours, theirs in (("w1", "fc1_g"), ("w2", "fc1_x"), ("w3", "fc2")):
             masked = {name.replace(f".mlp.{ours}.", f".mlp.{theirs}."): a for name, a in masked.items()}
-    module.load_state_dict(dinov3_filter_fn(_tensors(masked), module), strict=True)
+    # timm's loader knows this layout by its storage tokens.
+    own = dinov3_filter_fn(_tensors({"storage_tokens": np.zeros((1, 0, config.width)), **masked}), module)
+    module.load_state_dict({n: a for n, a in own.items() if n != "reg_token" or config.registers}, strict=True)
+    if dinov3.key_biases(tensors):  # timm keeps zeros in their place
+        for i, block in enumerate(module.blocks):
+            block.attn.k_bias = torch.tensor(np.split(np.asarray(state[f"blocks.{i}.attn.qkv.bias"], np.float32), 3)[1])
     if "rope_embed.periods" in tensors:  # timm computes them; the authors' code reads them
         module.rope.periods = torch.tensor(np.asarray(tensors["rope_embed.periods"], np.float32))
     return module
@@ -704,7 +709,12 @@ class Library(NamedTuple):
 def finish_timm(module: Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     final = module.norm(x)
     values = {"final": final, "pooled": module.forward_head(final, pre_logits=True)}
-    return values | ({"head": module.forward_head(final)} if module.num_classes else {})
+    values |= {"head": module.forward_head(final)} if module.num_classes else {}
+    if not module.global_pool:  # all tokens, of which jaxvit takes [CLS], or else the mean of the patches
+        patches = slice(module.num_prefix_tokens, None)
+        for name in ("pooled", "head")[: len(values) - 1]:
+            values[name] = values[name][:, patches].mean(1) if module.cls_token is None else values[name][:, 0]
+    return values
 
 
 def finish_dinov2(module: Module, x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxvit import Preprocess
+from jaxvit import Preprocess, ViTConfig
 from jaxvit.model.config import Fit, Interpolation, both_sides
 
 from .engine import ConversionError
@@ -168,3 +168,22 @@ def sides(size: Any, name: str) -> tuple[int, int]:
 def numbers(values: float | Sequence[float]) -> tuple[float, ...]:
     """One for each channel; one alone stands for three."""
     return (float(values),) * 3 if isinstance(values, int | float) else tuple(map(float, values))
+
+
+# Given by the user ----------------------------------------------------------------------------------------------------
+
+
+def given(value: Any) -> Preprocess:
+    """A preparation from the fields that JSON gives; one that is given already stays.
+
+    Raises:
+      ConversionError: fields that make no sense.
+    """
+    if isinstance(value, Preprocess):
+        return value
+    try:
+        if not isinstance(value, Mapping):
+            raise TypeError("expected its fields")
+        return ViTConfig.from_dict(dict(depth=1, width=1, heads=1, hidden=1, preprocess=value)).preprocess
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"preprocess is {value!r}, which makes no sense ({error}): {SAY}") from None

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import sys
-import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,25 +20,55 @@ from jaxvit import CheckpointError
 from jaxvit.io.checkpoint import SafetensorsFile, sha256
 
 from .clip import OPENAI
-from .engine import ConversionError, Renamed, Tensors, tensor_shape
+from .engine import WRAPPED, ConversionError, Renamed, Tensors, tensor_shape
+from .files import first_sentence, is_torchscript, kind_of
 from .foreign import describe_foreign
 from .onnx_graph import read_onnx
+from .pickles import Inert, load_pickle
 from .preparation import of_open_clip, of_transformers
 from .timm import POOLS, architecture_hints, folder_hints, module_hints, pixels
 from .torchscript import read_torchscript
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OPEN_CLIP, OPEN_CLIP_CONFIG = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"), "open_clip_config.json"
-INDEX = "model.safetensors.index.json"
-WEIGHT_FILES = (INDEX, "model.safetensors", "pytorch_model.bin", *OPEN_CLIP)
+INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+WEIGHT_FILES = (INDEX, "model.safetensors", OPEN_CLIP[0], BIN_INDEX, "pytorch_model.bin", OPEN_CLIP[1])
+"""Of a folder, the first of these that is there is taken; and if there is none, the first of `VARIANTS`."""
+VARIANTS = re.compile(
+    r"model\.safetensors\.index\.(\w+)\.json|model\.(\w+)\.safetensors|"
+    r"pytorch_model\.bin\.index\.(\w+)\.json|pytorch_model\.(\w+)\.bin"
+)
+"""The names that transformers' `save_pretrained(.., variant="fp16")` gives."""
+PRECISIONS = ("fp32", "fp16", "bf16")
+"""Safetensors come before pickles. Of several variants of a kind these come first, then others by name."""
 CONFIG_FILES = ["config.json", "preprocessor_config.json", OPEN_CLIP_CONFIG]
+VARIANT_ORDER = (*PRECISIONS, "*")
 HUB_FILES = (
-    ["model*.safetensors", INDEX],
+    ["model.safetensors", "model-*.safetensors", INDEX],
     [OPEN_CLIP[0]],
-    ["pytorch_model.bin"],
+    ["pytorch_model.bin", "pytorch_model-*.bin", BIN_INDEX],
     [OPEN_CLIP[1]],
+    *(
+        [f"model.{v}.safetensors", f"model.{v}-*.safetensors", f"model.safetensors.index.{v}.json"]
+        for v in VARIANT_ORDER
+    ),
+    ["pytorch_model.*.bin", "pytorch_model.bin.index.*.json"],
 )
 """Of a hub id, the first of these that is there is fetched: repositories hold the same weights several times."""
+
+
+def weights_in(folder: Path) -> list[str]:
+    """The names of all files of weights in a folder, or of their indices; the first of them is taken."""
+    plain = [name for name in WEIGHT_FILES if (folder / name).is_file()]
+    found = [(match, path.name) for path in folder.glob("*") if (match := VARIANTS.fullmatch(path.name))]
+
+    def order(each: tuple[re.Match[str], str]) -> tuple[bool, int, str, bool]:
+        match, name = each
+        variant = next(filter(None, match.groups()))
+        rank = PRECISIONS.index(variant) if variant in PRECISIONS else len(PRECISIONS)
+        return name.startswith("pytorch"), rank, variant, not name.endswith(".json")
+
+    return plain + [name for _, name in sorted(found, key=order)]
 
 
 @dataclass
@@ -68,7 +96,11 @@ average of weights, or the weights that were optimised."""
 
 
 def open_source(
-    source: Any, revision: str | None = None, architecture: str | None = None, branch: Branch | None = None
+    source: Any,
+    revision: str | None = None,
+    architecture: str | None = None,
+    branch: Branch | None = None,
+    prefix: str | None = None,
 ) -> Source:
     """Recognises a source: a path, a hub id, a PyTorch module, or a mapping of names to tensors.
 
@@ -76,11 +108,17 @@ def open_source(
       revision: of a hub id.
       architecture: timm's name of the model, for tensors that do not tell.
       branch: of a training checkpoint; by default the teacher, else the moving average, else the weights themselves.
+      prefix: of an encoder inside a larger model, whose other tensors are not taken.
 
     Raises:
       ConversionError: nothing of the kind, or it cannot be read.
     """
-    opened = _open(source, revision, branch)
+    if prefix and is_module(source):
+        opened = _open(submodule(source, prefix), revision, branch)
+        opened.description["prefix"] = dotted(prefix)
+    else:
+        opened = _open(source, revision, branch)
+        opened = within(opened, dotted(prefix)) if prefix else opened
     if architecture is not None:
         hints = architecture_hints(architecture)
         if "unsure" in hints and "preprocess" in opened.hints:  # a file beside the tensors tells what a tag would
@@ -89,6 +127,45 @@ def open_source(
         opened.hints = {**opened.hints, **hints}
         opened.description["architecture"] = architecture
     return opened
+
+
+def dotted(prefix: str) -> str:
+    return prefix.rstrip(".") + "."
+
+
+def is_module(source: Any) -> bool:
+    return callable(getattr(source, "state_dict", None)) and not isinstance(source, Mapping)
+
+
+def submodule(module: Any, prefix: str) -> Any:
+    """The module inside another one.
+
+    Raises:
+      ConversionError: there is none.
+    """
+    module = unwrapped(module)
+    try:
+        return module.get_submodule(dotted(prefix)[:-1])
+    except AttributeError:
+        inside = ", ".join(name for name, _ in module.named_children())
+        raise ConversionError(f"the module holds no {dotted(prefix)[:-1]}; it holds {inside}") from None
+
+
+def within(source: Source, prefix: str) -> Source:
+    """The tensors whose names start with a prefix, without it; says that the others were not taken.
+
+    Raises:
+      ConversionError: there are none.
+    """
+    plain = {WRAPPED.sub(r"\1", name): name for name in source.tensors}
+    inside = {name.removeprefix(prefix): own for name, own in plain.items() if name.startswith(prefix)}
+    if not inside:
+        starts = list(dict.fromkeys(name.partition(".")[0] for name in plain))
+        some = ", ".join(f"{start}." for start in starts[:10]) + (" .." if starts[10:] else "")
+        raise ConversionError(f"no tensor has a name that starts with {prefix}; their names start with {some}")
+    source.description["prefix"] = f"{prefix}; {len(plain) - len(inside)} tensors outside it not taken"
+    source.tensors, source.hints = Renamed(source.tensors, inside), {**source.hints, "within": prefix}
+    return source
 
 
 def _open(source: Any, revision: str | None, branch: Branch | None) -> Source:
@@ -108,7 +185,7 @@ def _open(source: Any, revision: str | None, branch: Branch | None) -> Source:
     if isinstance(source, Mapping):
         state, taken = _state_dict(source, branch)
         return _taken(Source(_arrays(state), {"kind": "state dict"}), taken)
-    if callable(getattr(source, "state_dict", None)):
+    if is_module(source):
         return _module(source)
     raise ConversionError(
         f"cannot convert a {type(source).__name__}: expected a path, a hub id, a module, a state dict"
@@ -132,24 +209,24 @@ def versions(*packages: str) -> dict[str, str]:
 
 def _file(path: Path, branch: Branch | None) -> Source:
     description = {"kind": "file", "path": path.name, "sha256": {path.name: _checked(path)}}
-    if path.suffix == ".onnx":
-        ignored = {"decoder.*": "what the export puts behind the backbone"}
-        return Source(read_onnx(path), description, ignored=ignored)
     tensors, taken = _read(path, branch)
-    return _taken(Source(tensors, description), taken)
+    ignored = {"decoder.*": "what the export puts behind the backbone"} if kind_of(path) == "onnx" else {}
+    return _taken(Source(tensors, description, ignored=ignored), taken)
 
 
 def _taken(source: Source, taken: str) -> Source:
     """The source, which says which weights of its checkpoint were taken."""
     if taken:
         source.description["branch"] = taken
-        source.hints["branch"] = taken.partition(",")[0]
+        source.hints["branch"] = branch = taken.partition(",")[0]
+        source.ignored[f"{branch}_*head* (outside *"] = "a head that pretraining puts on top of the backbone"
     return source
 
 
 def _read(path: Path, branch: Branch | None = None) -> tuple[Tensors, str]:
     """The tensors of a file, and which of the weights it holds they are, as `_state_dict` says it."""
-    if path.suffix == ".safetensors":
+    kind = kind_of(path)
+    if kind == "safetensors":
         try:
             file = SafetensorsFile(path)
         except CheckpointError as error:
@@ -157,66 +234,16 @@ def _read(path: Path, branch: Branch | None = None) -> tuple[Tensors, str]:
         if branch is None:
             return file, ""
         return Renamed(file, {name: name for name in of_branch(file, branch)}), branch
-    if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        return _read_pickle(path, branch)
-    if path.suffix == ".json":
-        raise ConversionError(f"{path} holds no tensors: give the folder that holds it, {path.parent}")
-    raise ConversionError(f"{path} is of no known kind: expected .safetensors, .pth, .pt, .bin, .ckpt or .onnx")
-
-
-def _read_pickle(path: Path, branch: Branch | None) -> tuple[Tensors, str]:
-    with open(path, "rb") as f:
-        zipped = f.read(4) == b"PK\x03\x04"  # since PyTorch 1.6; older files cannot be mapped into memory
-    if zipped and _is_torchscript(path):
+    if kind == "onnx":
+        return read_onnx(path), ""
+    if kind == "zip" and is_torchscript(path):
         return read_torchscript(path), ""
-    try:
-        import torch
-    except ImportError:
-        raise ConversionError(
-            f"reading {path} needs torch: pip install torch, or convert a .safetensors file"
-        ) from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters of what torch warns of, it then raises
-            # weights_only: tensors and plain containers; nothing else in the pickle is executed.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ConversionError(f"{path} holds {refused[1]}, which is not trusted: expected only tensors") from error
-        reason = _first_sentence(str(error).split("WeightsUnpickler error:")[-1])
-        raise ConversionError(f"{path} is not a PyTorch file of tensors alone: {reason}") from error
-    except Exception as error:  # what a broken pickle makes Python raise has no common class
-        reason = _first_sentence(str(error)) if isinstance(error, RuntimeError) else repr(error)
-        raise ConversionError(f"{path} is not a complete PyTorch file: {reason}") from error
+    content = load_pickle(path, mapped=kind == "zip")  # older files cannot be mapped into memory
     if not isinstance(content, Mapping):
-        raise ConversionError(f"{path} holds a {type(content).__name__}, expected a state dict")
+        what = "settings alone" if isinstance(content, Inert) else f"a {type(content).__name__}"
+        raise ConversionError(f"{path} holds {what}, expected a state dict")
     state, taken = _state_dict(content, branch)
     return _arrays(_bounded(path, state)), taken
-
-
-INFLATED = 2**26
-"""Bytes that the compressed members of an archive, the code of TorchScript, may take beyond the size of the file."""
-
-
-def _is_torchscript(path: Path) -> bool:
-    """Whether a zip archive is one of TorchScript, as OpenAI's CLIPs are. Archives are never extracted.
-
-    Raises:
-      ConversionError: it claims to hold more than a file of its size can.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise ConversionError(f"{path} is not a complete PyTorch file: {_first_sentence(str(error))}") from error
-    claimed = sum(member.file_size for member in members)
-    if claimed > path.stat().st_size + INFLATED:
-        raise ConversionError(
-            f"{path} claims to hold {claimed:,} bytes in a file of {path.stat().st_size:,}: "
-            f"expected an archive of torch.save, which compresses no tensors"
-        )
-    inside = [member.filename.partition("/")[2] for member in members]
-    return "constants.pkl" in inside and any(name.startswith("code/") for name in inside)
 
 
 def _bounded(path: Path, state: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -228,11 +255,6 @@ def _bounded(path: Path, state: Mapping[Any, Any]) -> Mapping[Any, Any]:
     if large := [name for name, value in tensors.items() if value.numel() * value.element_size() > size]:
         raise ConversionError(f"{path} has {size:,} bytes, but these tensors claim more: {', '.join(map(str, large))}")
     return state
-
-
-def _first_sentence(message: str) -> str:
-    message = re.sub(r"^\[enforce fail at [^\]]*\][\s.]*", "", message.strip())  # a line of torch's own source
-    return re.split(r"\.\s|\n", message)[0]
 
 
 NETWORKS: dict[str, tuple[str, ...]] = {
@@ -288,7 +310,8 @@ def _state_dict(content: Mapping[Any, Any], branch: Branch | None, levels: int =
 def of_branch(names: Iterable[Any], branch: Branch) -> list[str]:
     """Those of the names that belong to one network of two."""
     every = [*map(str, names)]
-    chosen = [name for name in every if name.startswith(f"{branch}.")]
+    starts = (f"{branch}_", *(f"{name}." for name in (branch, *NETWORKS[branch])))  # student_backbone.., student_head..
+    chosen = [name for name in every if name.startswith(starts)]
     if not chosen:
         raise ConversionError(f"the checkpoint holds no {branch}: it holds {', '.join(every[:5])} ..")
     return chosen
@@ -306,7 +329,7 @@ def _arrays(state: Mapping[Any, Any]) -> dict[str, np.ndarray]:
         try:
             arrays[name] = _array(value)
         except (TypeError, RuntimeError) as error:  # quantised, sparse, on no device ..
-            problems.append(f"{name} ({_first_sentence(str(error))})")
+            problems.append(f"{name} ({first_sentence(str(error))})")
     if problems:
         raise ConversionError(f"these tensors are no plain arrays: {', '.join(problems)}")
     return arrays
@@ -330,11 +353,11 @@ def _array(tensor: Any) -> np.ndarray:
 
 def _folder(folder: Path, branch: Branch | None = None) -> Source:
     """A folder as transformers, timm and OpenCLIP write them: weights, perhaps in shards, and their config."""
-    present = [name for name in WEIGHT_FILES if (folder / name).is_file()]
+    present = weights_in(folder)
     if not present:
-        raise ConversionError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}")
+        raise ConversionError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}{instead(folder)}")
     weights = folder / present[0]
-    files = [weights]
+    files, where = [weights], {}
     if weights.suffix == ".json":
         where = _json(weights).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
@@ -350,10 +373,28 @@ def _folder(folder: Path, branch: Branch | None = None) -> Source:
     description = {"kind": "folder", "path": folder.name, "sha256": {file.name: _checked(file) for file in files}}
     if beside := {file.name: _checked(file) for file in configs if file.is_file()}:
         description["config sha256"] = beside
-    parts = [_read(file, branch) for file in files]
-    tensors = parts[0][0] if len(parts) == 1 else _Joined([part for part, _ in parts])
+    if present[1:] or present[0] not in WEIGHT_FILES:
+        description["weights"] = present[0] + (f"; {', '.join(present[1:])} not taken" if present[1:] else "")
     hints = open_clip_hints(folder / OPEN_CLIP_CONFIG) if open_clip else _config_hints(folder)
-    return _taken(Source(tensors, description, hints, dict(OPENAI.ignored) if open_clip else {}), parts[0][1])
+    if not where:
+        tensors, taken = _read(weights, branch)
+    else:
+        tensors, taken = _Joined({file.name: _read(file)[0] for file in files}, where, weights), ""
+        if branch:
+            tensors, taken = Renamed(tensors, {name: name for name in of_branch(tensors, branch)}), branch
+    return _taken(Source(tensors, description, hints, dict(OPENAI.ignored) if open_clip else {}), taken)
+
+
+def instead(folder: Path) -> str:
+    """What to do about a folder without weights of a known name, if it holds something like it."""
+    if (folder / ".metadata").is_file():
+        return (
+            "; it is a distributed checkpoint of PyTorch: join it to one file first, python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pth"
+        )
+    suffixes = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".onnx")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())
+    return f"; to convert {files[0].name}, give the file itself: {files[0]}" if files else ""
 
 
 def _checked(file: Path) -> str:
@@ -377,10 +418,18 @@ def _checked(file: Path) -> str:
 
 
 class _Joined(Renamed):
-    """Several mappings as one."""
+    """Shards as one mapping. Each tensor comes from the file that the index names for it.
 
-    def __init__(self, parts: list[Tensors]):
-        self.where = {name: part for part in parts for name in part}
+    Raises:
+      ConversionError: the index and the shards do not hold the same tensors.
+    """
+
+    def __init__(self, parts: Mapping[str, Tensors], where: Mapping[str, str], index: Path):
+        if absent := [name for name, file in where.items() if name not in parts[file]]:
+            raise ConversionError(f"the shards of {index} lack tensors that it names: {', '.join(absent[:10])}")
+        if more := sorted({name for part in parts.values() for name in part} - set(where)):
+            raise ConversionError(f"the shards of {index} hold tensors that it does not name: {', '.join(more[:10])}")
+        self.where = {name: parts[file] for name, file in where.items()}
         super().__init__({}, {name: name for name in self.where})
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -506,22 +555,20 @@ def _hub(repo: str, revision: str | None, branch: Branch | None) -> Source:
     def fetch(*names: str) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(names)))
 
-    def held() -> list[str]:
-        return [name for name in WEIGHT_FILES if (folder / name).is_file()]
-
     try:
         folder = fetch(*CONFIG_FILES)
         for weights in HUB_FILES:
+            held = weights_in(folder)
             # Of shards, some may be here from a download that broke off.
-            if not held() or INDEX in held():
-                folder = fetch(*CONFIG_FILES, *weights)
-            if held():
+            if not held or held[0].endswith(".json"):
+                held = weights_in(folder := fetch(*CONFIG_FILES, *weights))
+            if held and any(fnmatchcase(held[0], pattern) for pattern in weights):
                 break
     except Exception as error:  # the client's, its HTTP library's and the system's have no common class
         raise ConversionError(
             f"{repo} is no path here, and the hub did not give it: {_refusal(error, revision)}"
         ) from error
-    if not held():
+    if not weights_in(folder):
         raise ConversionError(f"{repo} on the hub holds none of {', '.join(WEIGHT_FILES)}")
     source = _folder(folder, branch)
     # A snapshot's folder is named after its commit.
@@ -541,7 +588,7 @@ def _refusal(error: Exception, revision: str | None) -> str:
         return "it has no such repository, or a private one that needs HF_TOKEN set to a token that may read it"
     if isinstance(error, RevisionNotFoundError):
         return f"the repository has no revision {revision}"
-    return _first_sentence(str(error)).removeprefix("Got: ") or type(error).__name__
+    return first_sentence(str(error)).removeprefix("Got: ") or type(error).__name__
 
 
 # Live modules ---------------------------------------------------------------------------------------------------------

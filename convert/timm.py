@@ -7,11 +7,12 @@ A bare file is taken where only one published family fits, and else asks for the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .engine import ConversionError, Decided, Layout, Tensors
-from .meta import Names, read_config, table
+from .meta import Names, field_of, read_config, table
 from .preparation import of_timm
 from .published import architectures, kinds
 
@@ -41,6 +42,7 @@ def config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
             "known by its registers (storage_tokens, reg_token); if it really has none, say --set positions=false "
             "(config={'positions': False})"
         )
+    hints, repooled = as_shown(tensors, hints)
     # timm gives the embedding of patches a bias just where no norm follows it, and every classifier one.
     always = {"patch_bias": "norm_pre.weight" not in tensors}
     found = read_config(
@@ -57,7 +59,33 @@ def config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     guessed = ("mlp", "eps", "final_norm", "pool") if custom else ()
     assumed: dict[str, str] = dict.fromkeys(guessed, "as most of timm's models have it")
     assumed["preprocess"] = "timm's models differ in it, and the file does not tell"
-    return found.assuming({**assumed, **found.assumed}, hints)
+    if c.final_norm == "pooled" and c.cls and hints.get("library") != "timm":
+        both = "as timm and MAE have it where the last norm reads what is pooled"
+        assumed |= {"pool": both, "eps": both}
+        assumed["resampling"] = "timm's rule; MAE's own code interpolates without antialiasing, which is bicubic"
+    return found.assuming({**assumed, **found.assumed, **repooled}, hints)
+
+
+def as_shown(tensors: Tensors, hints: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """The hints, with the final norm that the tensors have, and what about that is an assumption.
+
+    An architecture names its usual pooling. With another, `create_model(.., global_pool="avg")`, the last norm stands
+    elsewhere; the pooling is then the usual one of that place, unless it was told.
+    """
+    shown = last_norm(tensors)
+    told = hints.get("told", ())
+    if not shown or hints.get("final_norm", shown) == shown or "final_norm" in told:
+        return hints, {}
+    hints = {**hints, "final_norm": shown}
+    if "pool" in told:
+        return hints, {}
+    del hints["pool"]
+    return hints, {"pool": f"its last norm does not stand where it does in {hints['architecture']}"}
+
+
+def last_norm(tensors: Tensors) -> str:
+    """Where the tensors have the last norm; empty if nowhere."""
+    return "tokens" if "norm.weight" in tensors else "pooled" if "fc_norm.weight" in tensors else ""
 
 
 def not_told(tensors: Tensors) -> dict[str, tuple[str, ...]]:
@@ -67,7 +95,7 @@ def not_told(tensors: Tensors) -> dict[str, tuple[str, ...]]:
         unclear["its activation (CLIP's, or the exact GELU)"] = ("mlp", "eps")
     if "cls_token" not in tensors:
         unclear["its activation and pooling"] = ("heads", "mlp", "eps", "pool")
-    elif "blocks.0.norm1.bias" not in tensors or "blocks.0.attn.norm.weight" in tensors or "norm.weight" not in tensors:
+    elif "blocks.0.norm1.bias" not in tensors or "blocks.0.attn.norm.weight" in tensors or not last_norm(tensors):
         unclear["its pooling and epsilon"] = ("pool", "eps")
     return unclear
 
@@ -95,6 +123,10 @@ FACTS = ("heads", "mlp", "eps", "final_norm", "pool", "pool_prefix")
 """Fields of a config that an architecture decides, and tensors do not show."""
 
 
+DINOV3 = re.compile(r"vit_(tiny|small|small_plus|base|large|huge_plus|7b)_patch16_dinov3(_qkvb)?")
+"""timm's names of `convert.dinov3`'s models, whose class is another one."""
+
+
 def architecture_hints(name: str) -> dict[str, Any]:
     """What is known of a timm architecture; "vit_base_patch16_224.augreg_in1k" is one with a tag.
 
@@ -102,6 +134,8 @@ def architecture_hints(name: str) -> dict[str, Any]:
       ConversionError: none of timm's plain Vision Transformers.
     """
     base, _, tag = name.partition(".")
+    if DINOV3.fullmatch(base):  # its tensors tell the rest
+        return {"library": "timm", "architecture": name, "pool": "mean"}
     known = architectures().get(base)
     if known is None:
         raise ConversionError(f"{name} is none of timm's plain Vision Transformers; docs/architectures.md lists them")
@@ -130,25 +164,41 @@ def tag_hints(name: str, tag: str, prepared: Sequence[Mapping[str, Any]]) -> dic
 
 
 POOLS = {"token": "cls", "avg": "mean", "map": "attention"}
+UNPOOLED = "timm's model pools nothing (global_pool='') and returns all tokens"
+"""Why a pooling is an assumption, for a model that has none."""
 
 
 def folder_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the config.json of a timm folder tells: architecture, changes to it, how images are prepared."""
     pretrained = config.get("pretrained_cfg") or {}
-    told = preprocess_hints(pretrained)
-    hints = architecture_hints(str(config["architecture"]).split(".")[0] if told else str(config["architecture"]))
-    changed = {name: value for name, value in (config.get("model_args") or {}).items() if name not in SHAPES}
-    if changed:
-        raise ConversionError(f"the config.json changes the architecture by {changed}, which is not known here")
-    if pool := config.get("global_pool"):  # "" leaves tokens as they are
-        if pool not in POOLS:
+    name = str(config["architecture"])
+    hints = architecture_hints(name.split(".")[0] if preprocess_hints(pretrained) else name)
+    arguments = config.get("model_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise ConversionError(f"the config.json has model_args {arguments!r}: expected names and values")
+    hints |= argument_hints(arguments, hints)
+    pools = {str(pool) for pool in (config.get("global_pool"), arguments.get("global_pool")) if pool is not None}
+    if len(pools) > 1:
+        raise ConversionError(f"the config.json asks for several poolings: {', '.join(map(repr, sorted(pools)))}")
+    unsure: dict[str, str] = {}
+    for pool in pools:
+        if pool and pool not in POOLS:
             raise ConversionError(f"the config.json asks for the pooling {pool!r}; known: {', '.join(POOLS)}")
-        hints["pool"] = hints["pool"] if hints["pool"] == "distilled" and pool == "token" else POOLS[pool]
-    if size := (config.get("model_args") or {}).get("img_size") or pretrained.get("input_size"):
+        if not pool:
+            unsure["pool"] = UNPOOLED
+        elif hints["pool"] != "distilled" or pool != "token":
+            hints["pool"] = POOLS[pool]
+    if pools or "fc_norm" in arguments:
+        hints["told"] = (*hints.get("told", ()), "pool")
+    if arguments.get("pool_include_prefix") and hints["pool"] == "mean":
+        raise ConversionError("the config.json asks for an average that includes the tokens before the patches")
+    if size := arguments.get("img_size") or pretrained.get("input_size"):
         hints["image"] = pixels(size)
-    if told:
-        hints.pop("unsure", None)
-    return hints | told
+    if "pool_prefix" in hints:
+        hints["pool_prefix"] = hints["pool_prefix"] and hints["pool"] == "attention"
+    images = preprocess_hints(pretrained)
+    unsure |= {} if images else hints.get("unsure", {})
+    return hints | images | {"unsure": unsure}
 
 
 def pixels(size: Any) -> tuple[int, int]:
@@ -160,9 +210,64 @@ def pixels(size: Any) -> tuple[int, int]:
         raise ConversionError(f"the config makes no sense: {size!r} is no size of images") from error
 
 
-SHAPES = ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad", "num_classes", "reg_tokens", "class_token")
-SHAPES += ("init_values", "depth", "embed_dim", "mlp_ratio", "no_embed_class")
-"""Arguments of timm's models that tensors show, or that do not matter."""
+SHOWN = (
+    "patch_size",
+    "in_chans",
+    "num_classes",
+    "reg_tokens",
+    "init_values",
+    "mlp_ratio",
+    "no_embed_class",
+    "pos_embed",
+)
+SHOWN += ("scale_attn_norm", "scale_mlp_norm", "fc_norm")
+IDLE = (
+    "img_size",
+    "dynamic_img_size",
+    "dynamic_img_pad",
+    "strict_img_size",
+    "weight_init",
+    "fix_init",
+    "head_init_scale",
+)
+IDLE += ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
+IDLE += ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable")
+IDLE += ("exportable", "no_jit", "device", "dtype", "global_pool")
+"""Arguments of timm's models that tensors show, and those that change nothing of a trained model; the pooling is read
+by `folder_hints`."""
+FIELDS = {"embed_dim": "width", "class_token": "cls", "num_heads": "heads", "pool_include_prefix": "pool_prefix"}
+FIELDS |= {name: name for name in ("depth", "qkv_bias", "proj_bias", "qk_norm", "pre_norm")}
+"""Arguments -> fields of a config. Where tensors show them too, both must agree."""
+OF_DINOV3 = {"num_heads": "heads", "rope_temperature": "rope_base"}
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+"""timm's names, and the config's."""
+
+
+def argument_hints(arguments: Mapping[str, Any], of: Mapping[str, Any]) -> dict[str, Any]:
+    """What `model_args` change of an architecture, of which `of` tells what is known.
+
+    Raises:
+      ConversionError: some of them are not known; the message lists these.
+    """
+    rotary = bool(DINOV3.fullmatch(of["architecture"].split(".")[0]))
+    known = OF_DINOV3 if rotary else FIELDS
+    shown = (*SHOWN, *FIELDS, "num_reg_tokens") if rotary else SHOWN
+    hints: dict[str, Any] = {}
+    unknown: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if name in known:
+            hints[known[name]] = value
+        elif name == "act_layer" and value in ACTIVATIONS and of.get("mlp") in ACTIVATIONS:
+            hints["mlp"] = value
+        elif name == "final_norm" and isinstance(value, bool) and not rotary:
+            hints |= {} if value else {"final_norm": "none", "told": ("final_norm",)}
+        elif name not in shown and name not in IDLE:
+            unknown[name] = value
+    if unknown:
+        raise ConversionError(f"the config.json changes the architecture by {unknown}, which is not known here")
+    told = hints.pop("told", ())
+    hints = {name: field_of(name, value) for name, value in hints.items() if value is not None}
+    return hints | ({"told": told} if told else {})
 
 
 def preprocess_hints(pretrained: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,13 +297,29 @@ def module_hints(module: Any) -> dict[str, Any]:
         "eps": block.norm1.eps,
         "mlp": activation_of(block.mlp),
         "final_norm": final if is_identity(module.fc_norm) else "pooled",
-        "pool": "distilled" if distilled else POOLS[module.global_pool],
+        **({"pool": "distilled"} if distilled else pool_hints(module)),
         "pool_prefix": bool(module.global_pool == "map" and module.pool_include_prefix),
     }
     if getattr(module, "pos_embed", None) is not None:
         hints["grid"] = tuple(module.patch_embed.grid_size)
     hints["positions"] = "grid" in hints
     return hints | preprocess_hints(getattr(module, "pretrained_cfg", None) or {})
+
+
+def pool_hints(module: Any) -> dict[str, Any]:
+    """The pooling of a live timm model; that of one that pools nothing is an assumption.
+
+    Raises:
+      ConversionError: it is not known.
+    """
+    if module.global_pool in POOLS:
+        return {"pool": POOLS[module.global_pool]}
+    if module.global_pool:
+        raise ConversionError(
+            f"this {type(module).__name__} cannot be converted: its pooling is {module.global_pool!r}; known: "
+            f"{', '.join(POOLS)}, and '' for none"
+        )
+    return {"pool": "mean" if module.cls_token is None else "cls", "unsure": {"pool": UNPOOLED}}
 
 
 def is_identity(module: Any) -> bool:
@@ -245,8 +366,6 @@ def refusal(module: Any) -> str:
         return f"it embeds patches with a {type(module.patch_embed).__name__}"
     if not activation_of(block.mlp):
         return f"its MLP is a {type(block.mlp).__name__} with {block.mlp.act}"
-    if module.global_pool not in POOLS:
-        return f"its pooling is {module.global_pool!r}"
     if module.global_pool == "avg" and module.pool_include_prefix and module.num_prefix_tokens:
         return "its average pooling includes the tokens before the patches"
     if len({(type(b).__name__, b.attn.num_heads, b.norm1.eps, activation_of(b.mlp)) for b in module.blocks}) > 1:
@@ -264,11 +383,12 @@ def dinov3_hints(module: Any) -> dict[str, Any]:
     plain = block.attn.rotate_half and block.attn.gate is None if kinds[1] == "EvaAttention" else False
     if kinds != ["EvaBlock", "EvaAttention", "RotaryEmbeddingDinoV3"] or not plain or rope.temperature != 100.0:
         raise ConversionError(f"this Eva is no DINOv3: it is made of {', '.join(kinds)}")
-    return {
+    hints = {
         "library": "timm",
         "heads": block.attn.num_heads,
         "depth": len(module.blocks),
         "eps": block.norm1.eps,
         "mlp": activation_of(block.mlp),
-        "pool": POOLS[module.global_pool],
-    } | preprocess_hints(getattr(module, "pretrained_cfg", None) or {})
+        **pool_hints(module),
+    }
+    return hints | preprocess_hints(getattr(module, "pretrained_cfg", None) or {})

@@ -1,6 +1,7 @@
 """What a file does not tell is asked for, refused, or an assumption that is kept with the result: not a guess."""
 
 import json
+from dataclasses import fields
 
 import jax
 import numpy as np
@@ -340,6 +341,37 @@ def test_a_bare_grid_is_a_square_as_an_assumption(tmp_path):
     for i, said in enumerate(("grid=[2,8]", "grid=2x8")):
         assert main([str(source), str(tmp_path / f"{i}"), "--set", said]) == 0
         assert jaxvit.read_config(tmp_path / f"{i}")[0].grid == (2, 8)
+
+
+NONSENSE = (None, True, 0, -1, 1.5, "some", "", [], [1, 2, 3], {}, {"resize": 256})
+
+
+@pytest.mark.parametrize("layout", ["timm", "dinov2", "dinov3", "clip"])
+def test_a_field_that_is_nonsense_is_refused_in_one_sentence(layout, tmp_path):
+    """Whatever stands behind --set: a model or one line, and never another error."""
+    from test_families import dinov3_hub, openai
+
+    states = {"dinov3": dinov3_hub, "clip": openai, "timm": lambda: state_of(depth=1, width=64, heads=1, classes=2)}
+    config = tiny(depth=1)
+    state = states.get(layout, lambda: hub_state(config, numbers(config)))()
+    for name in (field.name for field in fields(ViTConfig)):
+        for value in NONSENSE:
+            try:
+                given = {"mlp": "gelu", name: value} if layout == "clip" else {name: value}
+                convert.recognise(convert.read(state, config=given))
+            except ConversionError as error:
+                assert "\n" not in str(error) and name in str(error), (name, value, str(error))
+    asks(state, "preprocess is {'resize': 0}, which makes no sense", config={"preprocess": {"resize": 0}})
+    asks(state, "preprocess is 'x'", "--set preprocess=", config={"preprocess": "x"})
+    asks(state, "mlp is 'relu'; expected one of gelu", config={"mlp": "relu"})
+    asks(state, "a config has no activation; it has depth", config={"activation": "gelu"})
+
+
+def test_a_field_of_the_command_line_is_refused_in_one_sentence(tmp_path, capsys):
+    config = tiny(depth=1)
+    source = write_safetensors(tmp_path / "some.safetensors", hub_state(config, numbers(config)))
+    assert main([str(source), str(tmp_path / "a"), "--set", 'preprocess={"resize": 0}']) == 1
+    assert capsys.readouterr().err.startswith("error: preprocess is {'resize': 0}, which makes no sense")
 
 
 def test_every_layout_takes_the_grid_that_is_given():

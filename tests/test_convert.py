@@ -816,7 +816,7 @@ def test_pickles_of_other_things(tmp_path):
     fails(saved(tmp_path / "some.pth", [1, 2]), "list", "state dict")
     fails(saved(tmp_path / "some.pth", {"epoch": 3}), "epoch", "state dict")
     fails(saved(tmp_path / "some.pth", torch.nn.Linear(2, 2)), "Linear", "not trusted")
-    fails(saved(tmp_path / "some.pth", types.SimpleNamespace(a=1)), "SimpleNamespace", "not trusted")
+    fails(saved(tmp_path / "some.pth", types.SimpleNamespace(a=1)), "settings alone", "state dict")
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
@@ -939,6 +939,93 @@ def test_tensors_are_read_once():
     convert_tensors(layout, found, config, "float32")
     small = {name for name in HUB if "blocks.1." in name}
     assert {counts[name] for name in small} == {1}
+
+
+# Folders that hold several --------------------------------------------------------------------------------------------
+
+
+OTHERS = numbers(CONFIG, seed=1)
+
+
+def pickled(path, n=NUMBERS):
+    torch.save(tensors(transformers_state(CONFIG, n)), path)
+    return path.name
+
+
+def pickled_shards(folder, index="pytorch_model.bin.index.json", n=NUMBERS):
+    state = tensors(transformers_state(CONFIG, n))
+    names = sorted(state)
+    parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for file, part in parts.items():
+        torch.save({name: state[name] for name in part}, folder / file)
+    where = {name: file for file, part in parts.items() for name in part}
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder / index
+
+
+def test_shards_of_pickles(tmp_path):
+    pickled_shards(tmp_path)
+    model, provenance = convert.load_described(tmp_path)
+    assert_holds(model, CONFIG, NUMBERS)
+    files = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    assert sorted(provenance.source["sha256"]) == files and "weights" not in provenance.source
+
+
+def test_an_index_that_does_not_fit_its_shards(tmp_path):
+    index = pickled_shards(tmp_path)
+    content = json.loads(index.read_text())
+    where = content["weight_map"]
+    first = sorted(where)[0]
+    index.write_text(json.dumps({"weight_map": where | {"more": where[first]}}))
+    fails(tmp_path, "lack tensors that it names: more")
+    index.write_text(json.dumps({"weight_map": {name: file for name, file in where.items() if name != first}}))
+    fails(tmp_path, f"hold tensors that it does not name: {first}")
+
+
+VARIANTS = ("model.fp32.safetensors", "model.fp16.safetensors", "model.bf16.safetensors", "model.other.safetensors")
+ORDER = ("model.safetensors", "pytorch_model.bin", *VARIANTS, "pytorch_model.fp16.bin")
+
+
+@pytest.mark.parametrize("first", range(len(ORDER)))
+def test_which_of_several_is_taken(tmp_path, first):
+    """Every file from one on: the first is taken, the others are named."""
+    for i, name in enumerate(ORDER[first:]):
+        n = OTHERS if i else NUMBERS
+        if name.endswith(".bin"):
+            pickled(tmp_path / name, n)
+        else:
+            write_safetensors(tmp_path / name, transformers_state(CONFIG, n))
+    model, provenance = convert.load_described(tmp_path)
+    assert_holds(model, CONFIG, NUMBERS)
+    others = f"; {', '.join(ORDER[first + 1 :])} not taken" if ORDER[first + 1 :] else ""
+    assert provenance.source["weights"] == ORDER[first] + others
+    assert list(provenance.source["sha256"]) == [ORDER[first]]
+    convert.convert(tmp_path, tmp_path / "out")
+    assert f"weights: {ORDER[first]}" in str(jaxvit.describe(tmp_path / "out"))
+
+
+def test_shards_of_a_variant(tmp_path):
+    pickled_shards(tmp_path, "pytorch_model.bin.index.fp16.json")
+    model, provenance = convert.load_described(tmp_path)
+    assert_holds(model, CONFIG, NUMBERS)
+    assert provenance.source["weights"] == "pytorch_model.bin.index.fp16.json"
+
+
+def test_transformers_writes_these_names(tmp_path):
+    build_transformers(CONFIG).save_pretrained(tmp_path, variant="fp16")
+    (file,) = [path.name for path in tmp_path.glob("*.safetensors")]
+    assert convert.load_described(tmp_path)[1].source["weights"] == file == "model.fp16.safetensors"
+    (tmp_path / file).unlink()
+    build_transformers(CONFIG).save_pretrained(tmp_path, variant="fp16", max_shard_size="100KB")
+    index = convert.load_described(tmp_path)[1].source["weights"]
+    assert index == "model.safetensors.index.fp16.json" and (tmp_path / index).is_file()
+
+
+def test_folders_of_other_names_say_what_to_give(tmp_path):
+    write_safetensors(tmp_path / "some.safetensors", HUB)
+    fails(tmp_path, "holds none of", f"give the file itself: {tmp_path / 'some.safetensors'}")
+    (tmp_path / ".metadata").write_bytes(b"")
+    fails(tmp_path, "distributed checkpoint of PyTorch", "dcp_to_torch")
 
 
 def test_streams_are_no_paths():

@@ -135,6 +135,18 @@ def dinov3_hub(config=DINOV3):
     return tensors(renamed(state, *pairs)) | more
 
 
+OWN_DINOV3 = replace(DINOV3, registers=0, eps=1e-6)
+
+
+def dinov3_trained(config=OWN_DINOV3):
+    """A teacher that DINOv3's code trained by its defaults: no storage tokens, no mask, periods in float32."""
+    state = dinov3_hub(config)
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("bias_mask")}
+    state["rope_embed.periods"] = torch.tensor(100.0) ** (torch.arange(16) / 16)
+    heads = {"dino_head.mlp.0.weight": torch.zeros(3, 3), "ibot_head.last_layer.weight": torch.zeros(3)}
+    return {"teacher": {f"backbone.{name}": tensor for name, tensor in state.items()} | heads}
+
+
 def dinov3_transformers(config=DINOV3):
     """The published names, before transformers 5 moved layers into `model`."""
     state = {name.removeprefix("model."): a for name, a in state_of(randomise(build_dinov3(config))).items()}
@@ -158,6 +170,7 @@ OFFICIAL = {
     "clip/transformers": (clip_transformers, {"config": {"mlp": "quick_gelu"}}, replace(CLIP, resampling="bicubic")),
     "dinov3/hub": (dinov3_hub, {}, replace(DINOV3, rope="bfloat16", grid=(14, 14))),
     "dinov3/hub gated": (lambda: dinov3_hub(GATED), {}, replace(GATED, rope="bfloat16", grid=(14, 14))),
+    "dinov3/hub trained": (dinov3_trained, {}, replace(OWN_DINOV3, grid=(14, 14))),
     "dinov3/transformers": (dinov3_transformers, {}, replace(DINOV3, grid=(14, 14))),
     "dinov3/transformers gated": (lambda: dinov3_transformers(GATED), {}, replace(GATED, grid=(14, 14))),
 }
@@ -271,6 +284,75 @@ def test_rotary_periods_must_be_those_of_the_config():
     file["rope_embed.periods"] = file["rope_embed.periods"] * 2
     with pytest.raises(ConversionError, match=r"rope_embed\.periods are not those of base 100"):
         convert.load(file)
+
+
+def test_what_trained_dinov3_assumes_and_asks():
+    """Storage tokens, mask and periods show which model it is; of some other mixture, epsilon is asked for."""
+    file = dinov3_trained()
+    _, provenance = convert.load_described(file)
+    said = {line.split()[0]: line for line in provenance.assumptions}
+    assert "eps 1e-06 (the default of DINOv3's training code" in said["eps"] and "keys too" in said["qkv_bias"]
+    assert "heads" not in said and "rope" not in said
+    assert "eps" not in str(convert.load_described(file, config={"eps": 1e-5})[1].assumptions)
+    state = {name.removeprefix("backbone."): a for name, a in file["teacher"].items() if name.startswith("backbone.")}
+    for other in (
+        state | {"storage_tokens": torch.ones(1, 3, 128)},
+        state | {"rope_embed.periods": dinov3_hub()["rope_embed.periods"]},
+        {name: a for name, a in dinov3_hub().items() if name != "storage_tokens"},
+    ):
+        with pytest.raises(ConversionError, match=r"--set eps=1e-6 .* layernormbf16"):
+            convert.load(other)
+        model = convert.load(other, config={"eps": 1e-5})
+        assert model.config.eps == 1e-5 and model.config.registers == (3 if "storage_tokens" in other else 0)
+    published = convert.load_described(dinov3_hub())[1].assumptions
+    assert not {"eps", "qkv_bias", "rope", "heads"} & {line.split()[0] for line in published}
+
+
+def test_a_key_bias_counts_where_nothing_masks_it():
+    file = dinov3_trained()["teacher"]
+    state = {name: a for name, a in file.items() if name.startswith("backbone.")}
+    zeroed = {
+        name: a * (torch.arange(384) // 128 != 1) if name.endswith("qkv.bias") else a for name, a in state.items()
+    }
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(1, 16, 16, 3)), jnp.float32)
+    assert np.abs(convert.load(state)(images).cls - convert.load(zeroed)(images).cls).max() > 1e-3
+    some = {name: a for name, a in dinov3_hub().items() if name != "blocks.1.attn.qkv.bias_mask"}
+    with pytest.raises(ConversionError, match=r"blocks\.1\.attn\.qkv\.bias_mask is missing"):
+        convert.load(some)
+
+
+def test_periods_tell_heads_and_base():
+    state = dinov3_hub()
+    with pytest.raises(ConversionError, match=r"heads of 64 numbers at width 128, not to 4 heads"):
+        convert.load(state, config={"heads": 4})
+    state["rope_embed.periods"] = (torch.tensor(50.0) ** (torch.arange(16) / 16)).bfloat16()
+    with pytest.raises(ConversionError, match=r"not those of base 100, .* --set rope_base="):
+        convert.load(state)
+    config = convert.load(state, config={"rope_base": 50}).config
+    assert (config.rope_base, config.rope) == (50, "bfloat16")
+
+
+@pytest.mark.parametrize("size, bias", [("small", ""), ("small", "_qkvb"), ("7b", "")])
+def test_timm_folders_of_dinov3(tmp_path, size, bias):
+    name = f"vit_{size}_patch16_dinov3{bias}"
+    with torch.device("meta"):
+        full = timm.create_model(name, depth=1)
+    assert full.global_pool == "avg" and full.rope.temperature == 100.0 and full.blocks[0].norm1.eps == 1e-5
+    module = randomise(build_dinov3_timm(replace(DINOV3, pool="mean", qkv_bias=bool(bias))))
+    write_safetensors(tmp_path / "model.safetensors", state_of(module))
+    prepared = {"input_size": [3, 32, 32], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.25] * 3}
+    content = {"architecture": f"{name}.lvd1689m", "num_classes": 0, "global_pool": "avg", "pretrained_cfg": prepared}
+    (tmp_path / "config.json").write_text(
+        json.dumps(content | {"model_args": {"num_heads": 2, "qkv_bias": bool(bias)}})
+    )
+    assert replace(convert.load(tmp_path).config, grid=(4, 4)) == replace(
+        convert.load(module).config, grid=(4, 4), preprocess=jaxvit.Preprocess(32, 32, (0.5,) * 3, (0.25,) * 3)
+    )
+
+
+def test_all_of_timm_s_dinov3_are_known():
+    names = {name for name in timm.list_models() if "dinov3" in name and name.startswith("vit_")}
+    assert {name for name in names if plain.DINOV3.fullmatch(name)} == names and len(names) >= 6
 
 
 def test_the_largest_has_wider_heads():

@@ -32,7 +32,7 @@ from layouts import (
 import convert
 import jaxvit
 from convert import ConversionError
-from convert.sources import INDEX
+from convert.sources import BIN_INDEX, INDEX
 from jaxvit.model.params import to_params
 
 ROOT = Path(__file__).parents[1]
@@ -337,6 +337,50 @@ def test_pickle_only(hub, tmp_path):
     content = (tmp_path / "some.bin").read_bytes()
     hub.repositories[REPO] = Repository({FIRST: {"config.json": described(), "pytorch_model.bin": content}})
     assert assert_loads()["sha256"] == {"pytorch_model.bin": sha256(content)}
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_shards_of_pickles(hub, tmp_path, broken):
+    torch = pytest.importorskip("torch")
+    state = {name: torch.from_numpy(array) for name, array in transformers_state(CONFIG, NUMBERS).items()}
+    content, where = {"config.json": described()}, {}
+    for i in range(2):
+        file = f"pytorch_model-0000{i + 1}-of-00002.bin"
+        part = {name: state[name] for name in sorted(state)[i::2]}
+        torch.save(part, tmp_path / file)
+        content[file] = (tmp_path / file).read_bytes()
+        where |= dict.fromkeys(part, file)
+    shards = {name: sha256(each) for name, each in content.items() if name.endswith(".bin")}
+    content[BIN_INDEX] = json.dumps({"weight_map": where}).encode()
+    hub.repositories[REPO] = Repository({FIRST: content})
+    if broken:  # the index and one shard are here, and stay
+        hub.broken[list(shards.values())[1]] = 100
+        fails(REPO, "the hub did not give it")
+        hub.broken.clear()
+    assert assert_loads()["sha256"] == shards
+
+
+def test_variants(hub, files, made, cache):
+    """Only the one that is taken is fetched, and not if there are weights without a variant."""
+    other = made(transformers_state(CONFIG, OTHERS))
+    half = {"model.fp16.safetensors": files[WEIGHTS], "model.bf16.safetensors": other}
+    about = {"config.json": described()}
+    hub.repositories[REPO] = Repository({FIRST: about | half})
+    description = assert_loads()
+    assert description["weights"] == "model.fp16.safetensors" and description["revision"] == FIRST
+    assert {path.name for path in (cache / "snapshots" / FIRST).iterdir()} == {"config.json", "model.fp16.safetensors"}
+    hub.repositories[REPO] = Repository({SECOND: files | {"model.fp16.safetensors": other}}, {"main": SECOND})
+    assert "weights" not in assert_loads()
+    assert not (cache / "snapshots" / SECOND / "model.fp16.safetensors").exists()
+
+
+def test_pickled_variants(hub, tmp_path):
+    torch = pytest.importorskip("torch")
+    state = {name: torch.from_numpy(array) for name, array in transformers_state(CONFIG, NUMBERS).items()}
+    torch.save(state, tmp_path / "some.bin")
+    content = {"config.json": described(), "pytorch_model.fp16.bin": (tmp_path / "some.bin").read_bytes()}
+    hub.repositories[REPO] = Repository({FIRST: content})
+    assert assert_loads()["weights"] == "pytorch_model.fp16.bin"
 
 
 def test_revisions(hub, files, made):
