@@ -30,7 +30,6 @@ from convert.originals import (
     build_dinov3_timm,
     build_timm,
     build_transformers,
-    fold,
     original_of,
 )
 from convert.verify import FLOAT32_SITES, Size, compare, random_images
@@ -218,10 +217,9 @@ def test_open_clip(quick):
     vision = open_clip.CLIPVisionCfg(layers=2, width=128, head_width=64, patch_size=4, image_size=16)
     text = open_clip.CLIPTextCfg(context_length=8, vocab_size=50, width=64, heads=2, layers=1)
     whole = randomise(open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text, quick_gelu=quick))
-    model = convert.load(whole.state_dict(), config={"mlp": "quick_gelu" if quick else "gelu"})
-    visual = whole.visual
-    fold(visual.class_embedding, visual.positional_embedding[0])  # as conversion does, in float32
-    stream = []
+    with jax.enable_x64(True):
+        model = convert.load(whole.state_dict(), config={"mlp": "quick_gelu" if quick else "gelu"}, dtype="float64")
+    visual, stream = whole.visual, []
     for block in visual.double().transformer.resblocks:
         block.register_forward_hook(lambda _, inputs, output: stream.append(output.numpy()))
     images = random_images(model, Size(16, 16), tokens=100).astype(np.float32)
@@ -229,7 +227,7 @@ def test_open_clip(quick):
         projected = visual(torch.tensor(images, dtype=torch.float64).permute(0, 3, 1, 2)).numpy()
     with jax.enable_x64(True):
         run = jax.jit(lambda model, images: model(images, record="resid_post"))
-        out = run(jaxvit.cast(model, "float64"), jnp.asarray(images, jnp.float64))
+        out = run(model, jnp.asarray(images, jnp.float64))
     np.testing.assert_allclose(out.trace["resid_post"], np.stack(stream), rtol=0, atol=1e-12)
     np.testing.assert_allclose(out.projection, projected, rtol=0, atol=1e-12)
 
