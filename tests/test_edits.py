@@ -782,7 +782,7 @@ def test_edits_meet_where_they_change_the_same_entry(a, b, meet):
             assert merge(*({"pattern": edit} for edit in pair))["pattern"] == pair
             continue
         with pytest.raises(
-            ValueError, match="two edits at 'pattern' change the same values: leave one out, or give in_order"
+            ValueError, match="two edits at 'pattern' change the same values: remove one, or give in_order"
         ):
             merge(*({"pattern": edit} for edit in pair))
 

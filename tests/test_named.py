@@ -160,7 +160,7 @@ def test_a_file_that_is_not_whole_is_said_in_a_sentence(damage, effect, tmp_path
         if damage == "folder":
             path.mkdir()
     with pytest.raises(
-        ValueError, match="does not exist" if damage == "missing" else "is no complete file of"
+        ValueError, match="does not exist" if damage == "missing" else "is not a complete file of"
     ) as error:
         NamedArray.load(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)

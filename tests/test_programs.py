@@ -341,7 +341,7 @@ def test_a_mapping_of_what_is_no_metric_is_refused():
     plain = getattr(
         sweeps._together, "__wrapped__", sweeps._together
     )  # without run-time types, which would speak first
-    with pytest.raises(ValueError, match="the metrics 'a' are no functions"):
+    with pytest.raises(ValueError, match="the metrics 'a' are not functions"):
         plain({"a": 3.0, "b": first_entry})
 
 

@@ -230,7 +230,9 @@ def test_what_has_no_statistics_is_said_in_a_sentence(model, images, stats):
         stats.mean("attn_out")
     with pytest.raises(ValueError, match="no site 'middle'"):
         ActivationStats.collect(model, images, "middle")
-    with pytest.raises(ValueError, match="no statistics of 'pattern', 'scores': only of sites with one axis of tokens"):
+    with pytest.raises(
+        ValueError, match="no statistics of 'pattern', 'scores': they are for sites with one axis of tokens"
+    ):
         ActivationStats.collect(model, images, ("pattern", "q", "scores"))
     with pytest.raises(ValueError, match="no images to take statistics of"):
         ActivationStats.collect(model, [])
