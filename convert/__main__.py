@@ -33,10 +33,12 @@ SOURCE is one of
   a hub id    facebook/dinov2-with-registers-small, timm/deit3_small_patch16_224.fb_in1k
 
 Families: DINOv2 with and without registers, DINOv3, DeiT III, CLIP's image side, DINO, iBOT, and all of timm's plain
-Vision Transformers (docs/architectures.md). Layout and sizes are recognised from the content; what no file tells, such
-as the activation of a bare CLIP, is asked for. Every tensor of the source is used or ignored by name, and every
-parameter is set; otherwise nothing is written and every offender is listed. DEST becomes a folder of model.safetensors
-and config.json. Reading safetensors and ONNX needs no PyTorch; other files and comparing do.
+Vision Transformers (docs/architectures.md). The converter recognises layout and sizes from the content. It asks for
+what no file tells, such as the activation of a bare CLIP. Every tensor must be used or be on a list of tensors to
+ignore, and every parameter must be set. If not, one error lists all problems and nothing is written.
+
+DEST becomes a folder with model.safetensors and config.json. Safetensors and ONNX files need no PyTorch; other files
+and --verify do.
 """
 
 
@@ -59,16 +61,19 @@ def parser_for(name: str, description: str) -> argparse.ArgumentParser:
 
 def convert_command(arguments: Sequence[str]) -> int:
     parser = parser_for("convert", DESCRIPTION)
-    parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("dest", metavar="DEST", type=Path)
+    parser.add_argument("source", metavar="SOURCE", help="the checkpoint: a file, a folder or a hub id")
+    parser.add_argument("dest", metavar="DEST", type=Path, help="the folder to write")
     parser.add_argument("--verify", action="store_true", help="compare with the original, and write parity.json")
     parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the parameters"
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the parameters (default: %(default)s)",
     )
     parser.add_argument(
         "--resampling",
         choices=get_args(Resampling),
-        help="how positions are brought to other image sizes (default: as the source's own library does)",
+        help="how positions are resampled for other image sizes (default: as in the source's own library)",
     )
     add_reading(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace DEST if it holds a jaxvit model")
@@ -100,12 +105,12 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     """What a source may not tell itself; `Reading`."""
     parser.add_argument("--revision", help="commit, branch or tag of a hub id")
     parser.add_argument(
-        "--architecture", metavar="NAME", help="timm's name of the model, for a bare file in timm's layout"
+        "--architecture", metavar="NAME", help="timm's name of the model; a bare file in timm's layout may need it"
     )
     parser.add_argument(
         "--branch",
         choices=get_args(Branch),
-        help="which weights of a training checkpoint with several (default: the first of teacher, ema, raw)",
+        help="which weights to take if a training checkpoint holds several (default: the first of teacher, ema, raw)",
     )
     parser.add_argument(
         "--prefix", help="of an encoder inside a larger model, such as pretrained.: tensors outside it are not taken"
@@ -141,9 +146,9 @@ def reading_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
 def verify(arguments: Sequence[str]) -> int:
     parser = parser_for(
         "verify",
-        "Compares every internal value of a converted model with its PyTorch original, layer by layer, in float64 and\n"
-        "float32, at the native size and two others. Prints the worst error of each kind, with the float32 error as a\n"
-        "multiple of the original's own in brackets; writes parity.json. Exits 1 above the limits (1e-10, 2).",
+        "Compares a converted model with its PyTorch original: every internal value, layer by layer, in float64 and\n"
+        "float32, at the native size and two others. Prints the largest float64 errors and, in brackets, the float32\n"
+        "errors divided by those of the original. Writes parity.json. Exits 1 if one is above its limit (1e-10, 2).",
     )
     parser.add_argument("dest", metavar="DEST", help="a folder that jaxvit convert wrote")
     parser.add_argument("original", metavar="ORIGINAL", help="the source it was converted from")
@@ -177,7 +182,9 @@ def _verify(folder: str | Path, source: str, sizes: Sequence[tuple[int, ...]] | 
 
 
 def show(arguments: Sequence[str]) -> int:
-    parser = parser_for("show", "What a converted model is, where it comes from, and how equal to it it was found.")
+    parser = parser_for(
+        "show", "Shows what a converted model is, where it comes from, and how equal to its original it was found."
+    )
     parser.add_argument("dest", metavar="DEST", help="a folder that jaxvit convert wrote")
     options = parser.parse_args(arguments)
     print(about(jaxvit.read_config(options.dest)[0], jaxvit.describe(options.dest)))
@@ -205,7 +212,9 @@ def export_command(arguments: Sequence[str]) -> int:
 def list_command(arguments: Sequence[str]) -> int:
     from .catalogue import table
 
-    parser_for("list", "The checkpoints this converter was made for.").parse_args(arguments)
+    parser_for("list", "Lists the checkpoints that this converter was made for: sizes, licences, hub ids.").parse_args(
+        arguments
+    )
     print(table())
     return 0
 

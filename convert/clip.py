@@ -32,6 +32,8 @@ from .preparation import OPENAI as CLIPS
 TEXT = "the text side of CLIP"
 NUMBERS = ("input_resolution", "context_length", "vocab_size")
 """What OpenAI's archives hold beside their tensors."""
+VISUAL, TOWER = "visual.", "vision_model."
+"""What stands before the names of the image encoder in a whole CLIP: OpenAI's, and transformers'."""
 
 
 def decided(found: dict[str, Any], hints: Mapping[str, Any], of_grid: str = "", own: bool = False) -> Decided:
@@ -81,7 +83,7 @@ def openai_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
         grid=grid,
         projection=shape_of(tensors, "proj", 2)[1] if "proj" in tensors else 0,
     )
-    own = all(f"{name} (outside visual.)" in tensors for name in NUMBERS)
+    own = all(f"{name} (outside {VISUAL})" in tensors for name in NUMBERS)
     return decided(found, hints, why, own)
 
 

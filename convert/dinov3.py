@@ -121,7 +121,7 @@ def third_without_bias(bias: np.ndarray) -> list[np.ndarray]:
     """Biases of queries, keys and values, of which keys must have none."""
     q, k, v = np.split(bias, 3)
     if k.any():
-        raise ValueError("its keys have a bias, there they have none")
+        raise ValueError("its keys have a bias, which has no place there")
     return [q, k, v]
 
 

@@ -233,7 +233,9 @@ def locate(
             if all(anchor in renamed for anchor in layout.anchors) and layout.accepts(renamed, hints or {}):
                 if len(renamed) < len(names):
                     twice = sorted({name for name in names if names.count(name) > 1})
-                    raise ConversionError(f"not a {layout.name} checkpoint: it holds two of {', '.join(twice)}")
+                    raise ConversionError(
+                        f"not a {layout.name} checkpoint: two tensors have the name {', '.join(twice)}"
+                    )
                 return layout, renamed
     if not tensors:
         raise ConversionError("the checkpoint holds no tensors")

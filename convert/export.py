@@ -236,7 +236,7 @@ def write_transformers_dinov3(c: ViTConfig, params: Params) -> State:
 
 def write_transformers_clip(c: ViTConfig, params: Params) -> State:
     shapes = clip_shapes(c, "embeddings.class_embedding", "embeddings.position_embedding.weight")
-    return within("vision_model.", clip.TRANSFORMERS, invert(clip.TRANSFORMERS, c, params, shapes))
+    return within(clip.TOWER, clip.TRANSFORMERS, invert(clip.TRANSFORMERS, c, params, shapes))
 
 
 def within(prefix: str, layout: Layout, state: State) -> State:

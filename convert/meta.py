@@ -291,7 +291,9 @@ def decide(
     vectors = c.grid[0] * c.grid[1] * c.positions + c.registers + c.classes + 3 * c.patch**2
     if c.width * (matrices + vectors) > LARGEST:  # sizes of two tensors, each small, may multiply to anything
         sizes = ", ".join(f"{name} {getattr(c, name)}" for name in ("depth", "width", "hidden", "registers", "grid"))
-        raise ConversionError(f"the checkpoint's sizes ({sizes}) make a model of over {LARGEST:,} parameters")
+        raise ConversionError(
+            f"the checkpoint's sizes ({sizes}) would make a model of more than {LARGEST:,} parameters"
+        )
     return Decided(config).assuming(assumed or {}, hints)
 
 
@@ -324,8 +326,8 @@ def grid_of(
     if not squares:
         tokens = " or ".join(map(str, dict.fromkeys(before)))
         raise ConversionError(
-            f"{name} has {rows} rows: expected a square, and {tokens} more for tokens before the patches; of another "
-            f"grid, say the rows and columns, such as --set grid=2x8 (config={{'grid': (2, 8)}})"
+            f"{name} has {rows} rows; expected a square number of patches and {tokens} tokens before them: for a grid "
+            f"that is not square, give its rows and columns, such as --set grid=2x8 (config={{'grid': (2, 8)}})"
         )
     side = squares[0]
     published = {(c.config.patch, c.config.grid[0]) for c in known() if c.family in families}

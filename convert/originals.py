@@ -10,8 +10,9 @@ precision that is asked for: at 518 px the values of all layers of a giant take 
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -35,8 +36,23 @@ from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3_vit
 from jaxvit import ViTConfig
 from jaxvit.model.config import Resampling
 
-from . import Reading, assumptions, dinov3, is_jaxvit_folder, read, recognise, versions
-from .engine import ConversionError, Layout, Tensors, tensor_shape
+from . import (
+    LAYOUTS,
+    Reading,
+    assumptions,
+    clip,
+    deit,
+    dino,
+    dinov2,
+    dinov3,
+    is_jaxvit_folder,
+    read,
+    recognise,
+    versions,
+)
+from . import timm as plain
+from .engine import ConversionError, Layout, Tensors, locate, tensor_shape
+from .export import State, within
 from .sources import submodule, unwrapped
 
 READ = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out") + (
@@ -74,13 +90,15 @@ class Original:
         """What the library computes for images [B, H, W, 3]: the values of each layer, and then those after the last:
         `final`, all tokens after the final norm, `pooled`, and `head`: logits or a projection, if there are any.
         """
-        library = library_of(self.module)
-        blocks: Module = self.module.get_submodule(library.blocks)
+        library, places = library_of(self.module), Places.of(self.module, self.config)
+        blocks: Module = self.module.get_submodule(places.blocks)
         # The library's own forward pass, with a block in it that does nothing, goes from the pixels to what enters the
         # first block, and beside it what else blocks are given: rotary positions.
         catch = Catch()
         ends = copy.deepcopy(self.module, {id(blocks): type(blocks)(*([catch] if library.unpacked else [[catch]]))})
-        ends = library.fold(ends).to(dtype).eval()
+        if places.positioned:
+            fold(ends, places.positioned, math.prod(self.config.grid))
+        ends = ends.to(dtype).eval()
         pixels = torch.tensor(images, dtype=dtype).permute(0, 3, 1, 2).contiguous()
         with torch.inference_mode(), precise_positions(ends, dtype, self.resampling):
             library.forward(ends, pixels)
@@ -126,19 +144,25 @@ def original_of(source: Any, resampling: Resampling | None = None, **known: Unpa
     opened = read(source, **known)
     layout, tensors, config = recognise(opened)
     ignored = [*layout.ignored, *opened.ignored]
-    state = {name: tensors[name] for name in tensors if not any(fnmatchcase(name, pattern) for pattern in ignored)}
+    # Libraries know a layout by its anchors too.
+    state = {name: tensors[name] for name in tensors if name in layout.anchors or not matches(name, ignored)}
+    builder = BUILDERS[layout.name]
     try:
-        module = BUILDERS[layout.name](layout, tensors, state, config)
+        module = builder.build(layout, tensors, state, config)
     except RuntimeError as error:  # PyTorch's way to say that a state dict does not fit
         raise ConversionError(f"the original's own library does not load this checkpoint: {error}") from error
     # timm's model resamples positions in its own way; the authors' code, which it stands in for, may have another.
-    own = None if layout.name in LIBRARIES_OWN else config.resampling
+    own = None if builder.own else config.resampling
     rule = overriding(resampling, config) or own
     opened.assumed.pop("preprocess", None)  # no number that is compared depends on it
     if overriding(resampling, config) is not None:
         opened.assumed.pop("resampling", None)
     checksums = opened.description.get("sha256", {})
     return Original(_name(module), module, config, rule, checksums, assumptions(opened, config))
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def overriding(resampling: Resampling | None, config: ViTConfig) -> Resampling | None:
@@ -151,37 +175,51 @@ def _name(module: Module) -> str:
     return f"{library} {versions(library)[library]} {type(module).__name__}"
 
 
-def fold(token: Any, positions: Any) -> None:
-    """Adds the position of a token to it, as conversion does, in the precision of the weights.
+def positioned(layout: Layout, tensors: Tensors, config: ViTConfig) -> tuple[str, ...]:
+    """Names of the tokens before the patches, in order, and of the positions, as the layout's table has them."""
+    (names,) = [rule.sources for rule in layout.rules(config, tensors) if "positions" in rule.targets]
+    return names
+
+
+class Places(NamedTuple):
+    """Where a module has its blocks, its tokens and its positions: names of submodules and parameters."""
+
+    blocks: str
+    positioned: tuple[str, ...]
+
+    @classmethod
+    def of(cls, module: Module, config: ViTConfig) -> Places:
+        """From the table that converts the module."""
+        library = {"library": "timm"} if isinstance(module, VisionTransformer) else {}
+        # Of tensors the table reads names and shapes alone: these take no memory.
+        state = {name: np.broadcast_to(np.float32(0), t.shape) for name, t in module.state_dict().items()}
+        if isinstance(module, Eva):  # without registers, timm's DINOv3 has no tensor by which the table would know it
+            state.setdefault("reg_token", np.zeros((1, 0, config.width), np.float32))
+        layout, tensors = locate(LAYOUTS, state, library)
+        (norm,) = [r.sources[0] for r in layout.rules(config, tensors) if "blocks.norm1.scale" in r.targets]
+        blocks = tensors.names[norm.format(i=0)].rpartition(".0.")[0]
+        names = positioned(layout, tensors, config) if config.positions else ()
+        return cls(blocks, tuple(tensors.names[name] for name in names))
+
+
+def fold(module: Module, names: Sequence[str], patches: int) -> None:
+    """Adds the positions of tokens before the patches to these, as conversion does, in the precision of the weights.
 
     A float32 forward pass does the same sum and rounds it the same way; a float64 pass of float32 weights would not
     round it, and so compare unequal to any float32 file that holds the sum.
+
+    Args:
+      names: of these tokens, in order, and of the positions, of which the last `patches` belong to patches.
     """
-    with torch.no_grad():
-        token += positions
-        positions[...] = 0
-
-
-def fold_timm(module: Module) -> Module:
-    if module.pos_embed is not None and not module.no_embed_class:
-        at = 0
-        for name in ("cls_token", "dist_token", "reg_token"):
-            if (token := getattr(module, name, None)) is not None:
-                fold(token, module.pos_embed[:, at : at + token.shape[1]])
-                at += token.shape[1]
-    return module
-
-
-def fold_dinov2(module: Module) -> Module:
-    embeddings = getattr(module, module.base_model_prefix, module).embeddings
-    fold(embeddings.cls_token, embeddings.position_embeddings[:, :1])
-    return module
-
-
-def fold_clip(module: Module) -> Module:
-    embeddings = clip_tower(module).embeddings
-    fold(embeddings.class_embedding, embeddings.position_embedding.weight[0])
-    return module
+    state = module.state_dict()  # the parameters themselves, not copies
+    *tokens, positions = (state[name].view(-1, state[name].shape[-1]) for name in names)
+    before = positions[: len(positions) - patches]
+    start = 0
+    for token in tokens:
+        own = before[start : start + len(token)]
+        token[: len(own)] += own
+        start += len(token)
+    before.zero_()
 
 
 # Building them --------------------------------------------------------------------------------------------------------
@@ -347,37 +385,37 @@ def _meta(build: Callable[[], Module]) -> Module:
         return build()
 
 
-def _timm(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
-    """timm's model, from its own names."""
-    rows = tensor_shape(tensors, "pos_embed")[1] if config.positions else 0
-    positioned = config.prefix > 0 and rows == config.grid[0] * config.grid[1] + config.prefix
-    gates = 2 if "blocks.0.mlp.fc1_g.weight" in tensors else 1
-    module = _meta(lambda: build_timm(config, positioned, gates))
-    module.load_state_dict(_tensors(state), strict=True, assign=True)
+Translate = Callable[[dict[str, torch.Tensor], Module], dict[str, torch.Tensor]]
+"""A library's own loader: the tensors of a file, and the model they are for, to the names of that model."""
+
+
+def as_they_are(state: dict[str, torch.Tensor], module: Module) -> dict[str, torch.Tensor]:
+    return state
+
+
+def from_openai(state: dict[str, torch.Tensor], module: Module) -> dict[str, torch.Tensor]:
+    return checkpoint_filter_fn({f"{clip.VISUAL}{name}": tensor for name, tensor in state.items()}, module)
+
+
+def _timm(
+    layout: Layout, tensors: Tensors, state: State, config: ViTConfig, translate: Translate = as_they_are
+) -> Module:
+    """timm's model, from its own names or from those that its own loader translates."""
+    gates = len(plain.names_of(tensors).gates)
+    in_positions = 0 < positions_before(layout, tensors, config) == config.prefix
+    module = _meta(lambda: build_timm(config, in_positions, gates))
+    module.load_state_dict(translate(_tensors(state), module), strict=True, assign=True)
     return module
 
 
-def _by_timm(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
-    """timm's model, from names that timm's own loader translates."""
-    positioned = tensor_shape(tensors, "pos_embed")[1] > config.grid[0] * config.grid[1] and not config.registers
-    module = _meta(lambda: build_timm(config, positioned))
-    own = checkpoint_filter_fn(_tensors(state), module, adapt_layer_scale=True)
-    module.load_state_dict(own, strict=True, assign=True)
-    return module
+def positions_before(layout: Layout, tensors: Tensors, config: ViTConfig) -> int:
+    """How many tokens before the patches have positions of their own in a checkpoint."""
+    if not config.positions:
+        return 0
+    return tensor_shape(tensors, positioned(layout, tensors, config)[-1])[-2] - math.prod(config.grid)
 
 
-def _by_timm_with_mask(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
-    return _by_timm(layout, tensors, {**state, "mask_token": tensors["mask_token"]}, config)
-
-
-def _openai_clip(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
-    module = _meta(lambda: build_timm(config, positioned=True))
-    own = checkpoint_filter_fn({f"visual.{name}": tensor for name, tensor in _tensors(state).items()}, module)
-    module.load_state_dict(own, strict=True, assign=True)
-    return module
-
-
-def _from_pretrained(module: Module, state: Mapping[str, np.ndarray], prefix: str = "") -> Module:
+def _from_pretrained(module: Module, state: State) -> Module:
     """Published files have names that transformers changes on loading: let it."""
     with tempfile.TemporaryDirectory() as folder:
         save_file({name: np.ascontiguousarray(a) for name, a in state.items()}, f"{folder}/model.safetensors")
@@ -388,73 +426,76 @@ def _from_pretrained(module: Module, state: Mapping[str, np.ndarray], prefix: st
     return loaded
 
 
-def _dinov2(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
+def with_unused(layout: Layout, state: State, module: Module) -> State:
+    """With zeros for what the library's model holds and conversion ignores: tokens in place of hidden patches."""
+    unused = [f"*{pattern}" for pattern in layout.ignored]
+    places = {name: tensor.shape for name, tensor in module.state_dict().items() if matches(name, unused)}
+    return {**{name: np.zeros(shape, np.float32) for name, shape in places.items()}, **state}
+
+
+def _dinov2(layout: Layout, tensors: Tensors, state: State, config: ViTConfig) -> Module:
     module = _meta(lambda: build_transformers(config))
-    # The mask token must be there; it is not used.
-    state = {"embeddings.mask_token": np.zeros((1, config.width), np.float32), **state}
     if config.classes:
-        base = module.base_model_prefix
-        state = {name if name.startswith("classifier.") else f"{base}.{name}": a for name, a in state.items()}
-    if layout.name == "dinov2/transformers in memory":
-        module.load_state_dict(_tensors(state), strict=True, assign=True)
-        return module
-    return _from_pretrained(module, state)
-
-
-def _dinov3(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
-    mask = {"embeddings.mask_token": np.zeros((1, 1, config.width), np.float32)}
-    return _from_pretrained(_meta(lambda: build_dinov3(config)), {**mask, **state})
-
-
-def _dinov3_timm(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
-    gates = 2 if any("mlp.fc1_g" in name for name in tensors) else 1
-    module = build_dinov3_timm(config, gates)  # not on meta: it has buffers that no file holds
-    module.load_state_dict(_tensors(state), strict=True)
+        state = within(f"{module.base_model_prefix}.", layout, state)
+    state = with_unused(layout, state, module)
+    if layout is not dinov2.TRANSFORMERS_IN_MEMORY:
+        return _from_pretrained(module, state)
+    module.load_state_dict(_tensors(state), strict=True, assign=True)
     return module
 
 
-def _dinov3_hub(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
-    module = build_dinov3_timm(config, gates=2)
-    masked = {name: np.asarray(a) for name, a in state.items()}
-    for name in [name for name in masked if name.endswith("bias_mask")]:
-        masked[name.removesuffix("_mask")] = masked[name.removesuffix("_mask")] * masked.pop(name)
-    if config.mlp == "swiglu":
-        for ours, theirs in (("w1", "fc1_g"), ("w2", "fc1_x"), ("w3", "fc2")):
-            masked = {name.replace(f".mlp.{ours}.", f".mlp.{theirs}."): a for name, a in masked.items()}
-    # timm's loader knows this layout by its storage tokens.
-    own = dinov3_filter_fn(_tensors({"storage_tokens": np.zeros((1, 0, config.width)), **masked}), module)
+def _dinov3(layout: Layout, tensors: Tensors, state: State, config: ViTConfig) -> Module:
+    module = _meta(lambda: build_dinov3(config))
+    return _from_pretrained(module, with_unused(layout, state, module))
+
+
+def _dinov3_timm(layout: Layout, tensors: Tensors, state: State, config: ViTConfig) -> Module:
+    """timm's model, from its own names or from Meta's, which its own loader translates."""
+    names = dinov3.HUB_NAMES if layout is dinov3.HUB else dinov3.timm_names(tensors)
+    module = build_dinov3_timm(config, len(names.gates))  # not on meta: it has buffers that no file holds
+    # The loader knows Meta's names by the storage tokens. It drops the biases of keys, which Meta's mask takes away.
+    known = state if layout is not dinov3.HUB else {"storage_tokens": np.zeros((1, 0, config.width)), **state}
+    own = dinov3_filter_fn(_tensors(known), module)
     module.load_state_dict({n: a for n, a in own.items() if n != "reg_token" or config.registers}, strict=True)
-    if dinov3.key_biases(tensors):  # timm keeps zeros in their place
+    if layout is dinov3.HUB and dinov3.key_biases(tensors):  # timm keeps zeros in their place
         for i, block in enumerate(module.blocks):
             block.attn.k_bias = torch.tensor(np.split(np.asarray(state[f"blocks.{i}.attn.qkv.bias"], np.float32), 3)[1])
-    if "rope_embed.periods" in tensors:  # timm computes them; the authors' code reads them
-        module.rope.periods = torch.tensor(np.asarray(tensors["rope_embed.periods"], np.float32))
+    if dinov3.PERIODS in tensors:  # timm computes them; the authors' code reads them
+        module.rope.periods = torch.tensor(np.asarray(tensors[dinov3.PERIODS], np.float32))
     return module
 
 
-def _clip(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
-    module = _meta(lambda: build_clip(config))
-    names = {name: name if name.startswith("visual_projection") else f"vision_model.{name}" for name in state}
-    return _from_pretrained(module, {names[name]: state[name] for name in state})
+def _clip(layout: Layout, tensors: Tensors, state: State, config: ViTConfig) -> Module:
+    named = within(clip.TOWER, layout, state)
+    return _from_pretrained(_meta(lambda: build_clip(config)), named)
 
 
-BUILDERS: dict[str, Callable[[Layout, Tensors, Mapping[str, np.ndarray], ViTConfig], Module]] = {
-    "timm": _timm,
-    "dinov2/hub": _by_timm_with_mask,
-    "dinov2/transformers": _dinov2,
-    "dinov2/transformers in memory": _dinov2,
-    "dinov3/hub": _dinov3_hub,
-    "dinov3/timm": _dinov3_timm,
-    "dinov3/transformers": _dinov3,
-    "deit3": _by_timm,
-    "dino": _by_timm,
-    "clip/openai": _openai_clip,
-    "clip/transformers": _clip,
+class Builder(NamedTuple):
+    """How the original of a layout is built.
+
+    Attributes:
+      build: from the layout, its tensors, those of them that are not ignored, and the config.
+      own: whether the library it is built in is the one whose files have this layout.
+    """
+
+    build: Callable[[Layout, Tensors, State, ViTConfig], Module]
+    own: bool = True
+
+
+translated = partial(_timm, translate=partial(checkpoint_filter_fn, adapt_layer_scale=True))
+BUILDERS = {
+    plain.LAYOUT.name: Builder(_timm),
+    dinov2.HUB.name: Builder(translated, own=False),
+    dinov2.TRANSFORMERS.name: Builder(_dinov2),
+    dinov2.TRANSFORMERS_IN_MEMORY.name: Builder(_dinov2),
+    dinov3.HUB.name: Builder(_dinov3_timm),  # resamples nothing
+    dinov3.TIMM.name: Builder(_dinov3_timm),
+    dinov3.TRANSFORMERS.name: Builder(_dinov3),
+    deit.LAYOUT.name: Builder(translated, own=False),
+    dino.LAYOUT.name: Builder(translated, own=False),
+    clip.OPENAI.name: Builder(partial(_timm, translate=from_openai), own=False),
+    clip.TRANSFORMERS.name: Builder(_clip),
 }
-LIBRARIES_OWN = {"timm", "dinov3/timm", "dinov3/hub", "dinov3/transformers", "clip/transformers"} | {
-    "dinov2/transformers", "dinov2/transformers in memory"
-}  # fmt: skip
-"""Layouts whose own library is what they are compared with."""
 
 
 def _tensors(state: Tensors) -> dict[str, torch.Tensor]:
@@ -690,17 +731,13 @@ class Library(NamedTuple):
     """How a library's models are taken apart.
 
     Attributes:
-      blocks: where they have their blocks.
       unpacked: whether the container of blocks takes them one by one, not as a list.
-      fold: adds the positions of tokens to these.
       forward: from pixels through the blocks.
       watch: hooks on a block.
       finish: from the last block's tokens to what is computed of them.
     """
 
-    blocks: str
     unpacked: bool
-    fold: Callable[[Module], Module]
     forward: Callable[[Module, torch.Tensor], Any]
     watch: Callable[[Module, Hooks, Arguments], None]
     finish: Callable[[Module, torch.Tensor], dict[str, torch.Tensor]]
@@ -732,17 +769,13 @@ def finish_dinov3(module: Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def clip_tower(module: Module) -> Module:
-    return getattr(module, "vision_model", module)
+    return getattr(module, clip.TOWER.rstrip("."), module)
 
 
 def finish_clip(module: Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     final = clip_tower(module).post_layernorm(x)
     values = {"final": final, "pooled": final[:, 0]}
     return values | ({"head": module.visual_projection(values["pooled"])} if module is not clip_tower(module) else {})
-
-
-def same(module: Module) -> Module:
-    return module
 
 
 def library_of(module: Module) -> Library:
@@ -753,19 +786,13 @@ def library_of(module: Module) -> Library:
     """
     kind = type(module).__name__
     if isinstance(module, VisionTransformer):
-        return Library("blocks", True, fold_timm, lambda m, x: m.forward_features(x), watch_timm, finish_timm)
+        return Library(True, lambda m, x: m.forward_features(x), watch_timm, finish_timm)
     if isinstance(module, Eva):
-        return Library("blocks", False, same, lambda m, x: m.forward_features(x), watch_eva, finish_timm)
+        return Library(False, lambda m, x: m.forward_features(x), watch_eva, finish_timm)
     if kind.startswith("Dinov2"):
-        at = f"{module.base_model_prefix}." if hasattr(module, module.base_model_prefix) else ""
-        return Library(f"{at}encoder.layer", False, fold_dinov2, lambda m, x: m(x), watch_dinov2, finish_dinov2)
+        return Library(False, lambda m, x: m(x), watch_dinov2, finish_dinov2)
     if kind == "DINOv3ViTModel":
-        return Library("model.layer", False, same, lambda m, x: m(x), watch_dinov3, finish_dinov3)
+        return Library(False, lambda m, x: m(x), watch_dinov3, finish_dinov3)
     if kind.startswith("CLIPVision"):
-        at = "vision_model." if hasattr(module, "vision_model") else ""
-        return Library(f"{at}encoder.layers", False, fold_clip, _clip_forward, watch_clip, finish_clip)
+        return Library(False, lambda m, x: m(x, interpolate_pos_encoding=True), watch_clip, finish_clip)
     raise ConversionError(f"there is no way to look into a {type(module).__module__}.{kind}")
-
-
-def _clip_forward(module: Module, pixels: torch.Tensor) -> Any:
-    return module(pixels, interpolate_pos_encoding=True)

@@ -106,31 +106,32 @@ def common(command: argparse.ArgumentParser) -> None:
         metavar="[NAME=]MODEL",
         help="converted models, checkpoint files or folders, or hub ids; after those of the preset",
     )
-    what.add_argument("--preset", choices=list(presets.PRESETS), help="a set of models: see the README")
+    what.add_argument("--preset", choices=list(presets.PRESETS), help="a prepared set of models, see the README")
     what.add_argument(
         "--images",
         type=user_path,
-        help="a folder of images, searched at any depth (default: 136 crops of sample photographs, for A4 too)",
+        help="a folder of images, searched at any depth (default: 136 crops of sample photographs, which A4 uses too)",
     )
     what.add_argument(
-        "--labelled", help="images with classes, for A4: a folder with one subfolder a class, or datasets:NAME[:SPLIT]"
+        "--labelled",
+        help="labelled images for A4: a folder with one subfolder for each class, or datasets:NAME[:SPLIT]",
     )
-    what.add_argument("--limit", type=positive, help="use only so many images, evenly spaced")
+    what.add_argument("--limit", type=positive, help="use only this many images, evenly spaced")
     what.add_argument(
         "--size",
         type=size_of,
         default=224,
-        help="side of the crops in pixels, or native: each checkpoint's own (default: %(default)s)",
+        help="side of the crops in pixels, or native for each checkpoint's own size (default: %(default)s)",
     )
     what.add_argument(
         "--test-time-registers",
         type=positive,
         metavar="N",
-        help="run each model without registers a second time, with N of them appended",
+        help="run each model without registers a second time, with N test-time registers",
     )
     how = command.add_argument_group("running")
     how.add_argument("--out", type=user_path, help="folder for the results (default: out/ and the preset's name)")
-    how.add_argument("--resume", action="store_true", help="go on with what is in --out; only what is new is measured")
+    how.add_argument("--resume", action="store_true", help="continue the run in --out; only what is new is measured")
     how.add_argument("--overwrite", action="store_true", help="replace what is in --out")
     how.add_argument("--dry-run", action="store_true", help="print what would be fetched and how long it will take")
     how.add_argument("--batch-size", type=positive, default=16, help="images at a time (default: %(default)s)")
@@ -139,21 +140,25 @@ def common(command: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("highest", "default"),
         default="highest",
-        help="of matrix products: highest is float32 on every backend; default what the backend takes for it "
+        help="precision of matrix products: highest is float32 on every backend, default is what the backend prefers "
         "(default: %(default)s)",
     )
-    how.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="of the models")
+    how.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="type of the models"
+    )
     how.add_argument(
         "--control-images",
         type=not_negative,
         metavar="N",
-        help="images to run under each control and with test-time registers; 0: none (default: 256; of the crops: 32)",
+        help="images to run under each control and with test-time registers; 0: none (default: 256; 32 of the crops)",
     )
     how.add_argument("--save-every", type=float, default=30.0, help=argparse.SUPPRESS)
     how.add_argument(
-        "--show", nargs="+", metavar="PATTERN", help="images to draw, by path below --images, such as 'cat*'"
+        "--show", nargs="+", metavar="PATTERN", help="which images to draw, as patterns of their paths, such as 'cat*'"
     )
-    how.add_argument("--examples", type=positive, default=8, metavar="N", help="how many (default: %(default)s)")
+    how.add_argument(
+        "--examples", type=positive, default=8, metavar="N", help="how many to draw (default: %(default)s)"
+    )
 
 
 def of_experiments(command: argparse.ArgumentParser, experiments: Sequence[Experiment]) -> None:
@@ -170,8 +175,8 @@ def of_experiments(command: argparse.ArgumentParser, experiments: Sequence[Exper
 def run(options: argparse.Namespace) -> int:
     """Runs experiments of the paper on one or several models, and writes results.json, figures and a report.
 
-    Models go one after another. Everything measured so far is on disk: a run that was stopped, killed or short of disk
-    space goes on with --resume, to the same results bit for bit; so does one that is given more models or experiments.
+    Models run one after another. Everything measured so far is on disk. After an interruption, or with more models or
+    experiments, --resume continues, and gives the same results bit for bit.
     """
     specs, images, root = models_and_images(options)
     experiments = (

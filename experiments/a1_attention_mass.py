@@ -57,7 +57,13 @@ class AttentionMass(Experiment):
     passes = ("clean", "controls")
     controlled = True
     options = (
-        Option("figure", "ratio", "what figure and statements are of: a ratio, or the mass", tuple(FIGURES), late=True),
+        Option(
+            "figure",
+            "ratio",
+            "what is shown and tested: registers / (registers + patches), or their share of the row",
+            tuple(FIGURES),
+            late=True,
+        ),
     )
 
     def measure(self, trace: Trace, model: ViT, options: Mapping[str, Any]) -> Measured:

@@ -73,9 +73,13 @@ class TopRegister(Experiment):
             ("absolute", "signed"),
             late=True,
         ),
-        Option("count", 100, "how many of the largest dimensions", late=True, least=1),
+        Option("count", 100, "how many of the largest dimensions to show", late=True, least=1),
         Option(
-            "register", "fixed", "one register for all images, or that of highest norm in each", REGISTERS, late=True
+            "register",
+            "fixed",
+            "one register for all images, or the one of highest norm in each image",
+            REGISTERS,
+            late=True,
         ),
     )
 

@@ -81,15 +81,19 @@ class OneShot(Experiment):
     )
     passes = ("labelled",)
     options = (
-        Option("draws", 10, "pairs of a training and a test image drawn of each class", late=True, least=1),
-        Option("per_class", 20, "images of each class to read; up to half of that many draws share none", least=2),
-        Option("seed", 0, "of the choice of images and of draws", least=0),
+        Option("draws", 10, "how many pairs of a training and a test image to draw for each class", late=True, least=1),
+        Option(
+            "per_class", 20, "how many images of each class to read; up to half as many draws share no image", least=2
+        ),
+        Option("seed", 0, "seed of the choice of images and of draws", least=0),
         Option("stage", "both", "where outputs are read", (*STAGES, "both")),
         Option("bias", True, "leave the bias of the output projection in all outputs"),
         Option("keep_cls", False, "leave the attention of [CLS] to itself in the patches' and the registers' part"),
-        Option("top", 5, "among how many classes of highest score the right one has to be", late=True, least=1),
+        Option(
+            "top", 5, "an image counts as right if its class is among this many of highest score", late=True, least=1
+        ),
         Option("l2", 1.0, "weight of the logistic regression's penalty, 1 / C of scikit-learn", late=True, least=1e-9),
-        Option("iterations", 500, "most steps of L-BFGS", late=True, least=1),
+        Option("iterations", 500, "maximum number of L-BFGS steps", late=True, least=1),
         Option("tolerance", 1e-5, "relative norm of the gradient at which a fit stops", late=True, least=1e-12),
     )
 

@@ -58,7 +58,7 @@ class LayersHeads(Experiment):
         "(dotted: the null); norms of the parts. By layer and head: attention of [CLS], and CKA of a head's output "
         "with its parts."
     )
-    options = (Option("stride", 1, "take every so many layers, from the last one back", least=1),)
+    options = (Option("stride", 1, "take every N-th layer, counted back from the last", least=1),)
 
     def measure(self, trace: Trace, model: ViT, options: Mapping[str, Any]) -> Measured:
         chosen = slice((len(trace.update) - 1) % options["stride"], None, options["stride"])

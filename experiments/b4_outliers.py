@@ -56,10 +56,14 @@ class Outliers(Experiment):
     )
     wants = frozenset({"activations"})
     options = (
-        Option("sigma", 3.0, "an outlier's norm is so many standard deviations above the mean of its image", least=0),
-        Option("threshold", 0.0, "an outlier's norm is above this, whatever sigma; 0: by sigma", least=0),
+        Option(
+            "sigma", 3.0, "a patch is an outlier if its norm is this many standard deviations above the mean", least=0
+        ),
+        Option(
+            "threshold", 0.0, "if above 0: a patch is an outlier if its norm is above this, whatever sigma", least=0
+        ),
         Option("above", 100.0, "a massive activation is above this", late=True, least=0),
-        Option("times", 1000.0, "and above so many times the median of its layer", late=True, least=0),
+        Option("times", 1000.0, "and above this many times the median of its layer", late=True, least=0),
     )
 
     def measure(self, trace: Trace, model: ViT, options: Mapping[str, Any]) -> Measured:

@@ -59,11 +59,11 @@ AT_ONCE = 4
 """Images at a time while neurons are sought: the activations of all neurons of all layers are held."""
 OPTIONS = (
     Option("neurons", 20, "how many neurons are moved", least=1),
-    Option("images", 64, "on how many images they are found", least=1),
-    Option("layer", -1, "after which block, from 0, norms tell outliers; negative: from the end"),
-    Option("top_layer", -1, "neurons are sought up to this layer, from 0, and not beyond `layer`"),
-    Option("quantile", 0.995, "of all patches' norms; what is above stands for outliers where there are none", least=0),
-    Option("seed", 0, "of the random neurons", least=0),
+    Option("images", 64, "how many images they are found on", least=1),
+    Option("layer", -1, "block after which norms are read, from 0; negative numbers count from the end"),
+    Option("top_layer", -1, "last layer in which neurons are sought, from 0; never beyond `layer`"),
+    Option("quantile", 0.995, "if no patch is an outlier, take those with norms above this quantile", least=0),
+    Option("seed", 0, "seed of the random neurons", least=0),
 )
 
 

@@ -60,7 +60,7 @@ class Maps(Experiment):
     wants = frozenset({"attention", "contribution"})
     options = (
         Option("residual", 0.5, "weight of the identity in rollout, 0 to 1", least=0, most=1),
-        Option("top", 0.1, "part of the patches that is taken out", least=0),
+        Option("top", 0.1, "fraction of the patches that is taken out", least=0),
     )
 
     def measure(self, trace: Trace, model: ViT, options: Mapping[str, Any]) -> Measured:

@@ -72,7 +72,7 @@ class Controls(Pass):
 
     name = "controls"
     reads_earlier = True
-    options = (Option("seed", 0, "of the noise", least=0),)
+    options = (Option("seed", 0, "seed of the noise", least=0),)
 
     def sources(self, request: Request) -> Any:
         return request.images[: request.control_images]

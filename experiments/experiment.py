@@ -171,6 +171,8 @@ class Option(NamedTuple):
             given: dict[str, Any] = dict(action=argparse.BooleanOptionalAction, help=self.help)
         else:
             given = dict(type=self.read, choices=self.choices, help=f"{self.help} (default: %(default)s)")
+            if not self.choices:
+                given["metavar"] = "X" if isinstance(self.default, float) else "N"
         parser.add_argument(flag, dest=dest, default=self.default, **given)
 
     def read(self, text: str) -> Any:

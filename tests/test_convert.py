@@ -647,7 +647,7 @@ def test_tensors_outside_a_wrapper():
 
 def test_two_tensors_of_one_name():
     state = hub_state(CONFIG, NUMBERS, chunk=1)
-    fails(state | {"blocks.7.1.norm1.weight": HUB["norm.weight"]}, "two of blocks.1.norm1.weight")
+    fails(state | {"blocks.7.1.norm1.weight": HUB["norm.weight"]}, "two tensors have the name blocks.1.norm1.weight")
 
 
 def test_blocks_with_gaps():

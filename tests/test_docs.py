@@ -7,12 +7,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, random_images, random_model
 from matplotlib.figure import Figure
-from PIL import Image
 
 import jaxvit
 from jaxvit import ActivationStats, Registers, ViTConfig, ablate, replace_by_mean
@@ -44,8 +42,6 @@ def test_the_page_shows_the_script():
     assert used <= names.keys() | vars(builtins).keys()
     assert len([line for line in script.splitlines() if line.strip()]) < 20
     assert "(which-registers.png)" in (DOCS / "which-registers.md").read_text()
-    with Image.open(DOCS / "which-registers.png") as picture:
-        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 4 * 12  # of 4 maps
 
 
 def test_points_are_what_single_runs_give(study):
@@ -82,15 +78,16 @@ def test_the_real_model_runs(study, tmp_path, monkeypatch, capsys):
         Figure, "savefig", lambda self, path, **more: (figures.update({path: self}), save(self, path, **more))[1]
     )
     whole = study.real_model()
-    assert whole.config.registers == 4 and float(jnp.abs(whole.registers[...]).max()) > 0
+    assert whole.config.registers == 4
+    noise = np.asarray(whole.registers[...]) / np.asarray(whole.positions[...]).std()
+    np.testing.assert_allclose([noise.mean(), noise.std()], [0, 1], atol=4 * noise.size**-0.5)
     two = {name: a[:2] if name.startswith("blocks.") else a for name, a in to_params(whole).items()}
     monkeypatch.setattr(study, "real_model", lambda: from_params(replace(whole.config, depth=2), two))
     effect = study.main(False, tmp_path / "out" / "map.png", 2)
     printed = capsys.readouterr().out
     cosines = dict(re.findall(r"(\w+) +mean cosine (-?\d\.\d+)", printed))
-    assert list(cosines) == ["zero", "mean", "noise", "shuffle"]
-    assert all(0.5 < float(value) <= 1 for value in cosines.values())
-    assert effect.select(control="zero").values.min() < effect.select(control="mean").values.min() < 1 + 1e-6
+    assert list(cosines) == list(effect.axes["control"]) == ["zero", "mean", "noise", "shuffle"]
+    assert [*map(float, cosines.values())] == pytest.approx(effect.values.mean((1, 2)).tolist(), abs=1e-4)
     # Four maps, of registers x layers, in the order of the controls.
     maps = [
         np.asarray(axes.images[0].get_array()) for axes in figures[tmp_path / "out" / "map.png"].axes if axes.images
@@ -98,5 +95,3 @@ def test_the_real_model_runs(study, tmp_path, monkeypatch, capsys):
     assert len(maps) == 4
     for control, shown in zip(effect.axes["control"], maps, strict=True):
         np.testing.assert_allclose(shown, effect.select(control=control).values, rtol=1e-6)
-    with Image.open(tmp_path / "out" / "map.png") as picture:
-        assert picture.format == "PNG"

@@ -16,7 +16,7 @@ pytest.importorskip("timm")
 
 import convert
 from benchmarks.originals import random_original
-from convert.originals import fold_timm, interpolation
+from convert.originals import interpolation
 from jaxvit import TokenIndices, ViTConfig, merge
 from jaxvit.interventions.constructors import (
     ablate,
@@ -46,7 +46,7 @@ def float64():
 @cache
 def built(registers):
     """The original, the converted model, and images."""
-    module = fold_timm(random_original(ViTConfig(**SIZES, registers=registers), "timm")).double()
+    module = random_original(ViTConfig(**SIZES, registers=registers), "timm").double()
     for block in module.blocks:
         block.attn.fused_attn = False  # so that the weights pass `attn_drop`
     pixels = torch.tensor(np.random.default_rng(1).normal(size=(2, 3, HEIGHT, WIDTH)))

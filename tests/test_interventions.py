@@ -226,7 +226,7 @@ def test_a_traced_register_number_does_as_a_plain_one(model, bare):
         for a, b in zip(masks(i), expected, strict=True):
             np.testing.assert_array_equal(a, b)
     assert not np.any(masks(3)[0])  # what is not there selects nothing: not the patches
-    with pytest.raises(ValueError, match="registers are selected, and this model has none"):
+    with pytest.raises(ValueError, match="registers are selected, but this model has none"):
         ablate(bare, "z", tokens=Registers(0))
 
 
@@ -850,8 +850,8 @@ def test_positions_of_another_size_of_image_are_described(model, images):
         (steer, ("resid_pre", np.ones((2, 32))), {}, ["'resid_pre'", "[2, 32]", "[D]", "[L, B, T, D]"]),
         (steer, ("z", np.ones((2, 4, 8))), {}, ["'z'", "[2, 4, 8]"]),
         (scale_skip, (0.5, "attention"), {}, ["no site 'skip_attention'"]),
-        (remove_registers, ("cls",), {}, ["'cls'", "not only registers", "knockout"]),
-        (remove_registers, ("all",), {}, ["not only registers"]),
+        (remove_registers, ("cls",), {}, ["'cls'", "is not a register", "knockout"]),
+        (remove_registers, ("all",), {}, ["is not a register"]),
         (remove_registers, ([1, 4],), {}, ["no register 4", "0 to 2"]),
         (remove_registers, (3,), {}, ["no register 3", "0 to 2"]),
         (remove_registers, ("register 3",), {}, ["no register 'register 3'", "register 0, register 1, register 2"]),
@@ -879,11 +879,11 @@ def test_wrong_values_are_described(model, make, args, where, words):
 def test_values_of_another_size_than_the_selected_tokens_say_what_to_call(model, stats):
     at = TokenIndices(7, OTHER)
     message = refusal(patch, model, "z", np.ones((1, 2, T, 4, 8)), tokens=at)
-    assert f"'z' is of {T} tokens" in message and "8 tokens (2x2 patches)" in message and CALL in message
+    assert f"'z' has {T} tokens" in message and "8 tokens (2x2 patches)" in message and CALL in message
     message = refusal(replace_by_shuffle, model, "z", [1, 0], np.ones((3, 2, T, 4, 8)), tokens=at)
-    assert f"'z' is of {T} tokens" in message and CALL in message
+    assert f"'z' has {T} tokens" in message and CALL in message
     message = refusal(freeze_attention, model, np.ones((3, 2, 4, P, T)), key=at)
-    assert f"'pattern' is of {T} tokens" in message and CALL in message
+    assert f"'pattern' has {T} tokens" in message and CALL in message
     message = refusal(replace_by_noise, model, "z", stats, jax.random.key(0), 2, LAYOUT, tokens=at)
     assert f"{T} tokens (6x4 patches)" in message and CALL in message
 
@@ -899,7 +899,7 @@ def test_statistics_that_are_not_there_are_described(model, stats):
 
 def test_a_value_of_some_layers_needs_layers_that_are_known(model):
     value = np.ones((2, 2, 28, 32))
-    with pytest.raises(ValueError, match="2 layers and the layers are traced: give all 3, or one"):
+    with pytest.raises(ValueError, match="2 layers, but the selected layers are traced: give all 3 layers, or one"):
         jax.eval_shape(lambda layer: patch(model, "resid_pre", value, layers=layer), 1)
 
 

@@ -160,7 +160,7 @@ def test_a_file_that_is_not_whole_is_said_in_a_sentence(damage, effect, tmp_path
         if damage == "folder":
             path.mkdir()
     with pytest.raises(
-        ValueError, match="does not exist" if damage == "missing" else "is no complete file of"
+        ValueError, match="does not exist" if damage == "missing" else "is not a complete file of"
     ) as error:
         NamedArray.load(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
@@ -271,10 +271,21 @@ def test_long_axes_write_every_few_labels_and_words_all():
     assert {label.get_rotation() for label in panel.get_xticklabels()} == {45.0}
 
 
-@pytest.mark.parametrize("values", [np.zeros((2, 2)), np.full((2, 2), np.nan), np.array([[1, np.nan], [np.inf, -1]])])
-def test_constant_and_missing_values_are_drawn(values, tmp_path):
-    figure = NamedArray(values, {"layer": (0, 1), "head": (0, 1)}).plot(tmp_path / "map.png")
-    assert np.isfinite(figure.axes[0].images[0].get_clim()).all()
+@pytest.mark.parametrize(
+    ("values", "limits"),
+    [
+        (np.zeros((2, 2)), (-0.1, 0.1)),  # a colour bar needs some width
+        (np.full((2, 2), np.nan), (0, 1)),
+        (np.array([[0.5, np.nan], [np.inf, -1]]), (-1, 1)),  # around 0, as there are both signs
+        (np.array([[0.5, np.nan], [-np.inf, 2]]), (0.5, 2)),
+    ],
+)
+def test_constant_and_missing_values_are_drawn(values, limits, tmp_path):
+    image = NamedArray(values, {"layer": (0, 1), "head": (0, 1)}).plot(tmp_path / "map.png").axes[0].images[0]
+    assert image.get_clim() == limits
+    np.testing.assert_array_equal(
+        np.ma.filled(np.ma.asarray(image.get_array()), np.nan), np.where(np.isfinite(values), values, np.nan)
+    )
 
 
 @pytest.mark.parametrize(

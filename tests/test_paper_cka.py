@@ -420,8 +420,8 @@ def test_b3_takes_every_so_many_layers_from_the_last(registers, images):
 def test_in_the_first_layer_the_skip_path_does_not_vary(registers, images):
     with jax.enable_x64(False):
         numbers = numbers_of(B3, jaxvit.cast(registers, "float32"), images.astype("float32"))
-    assert np.isnan(numbers["stream"]["skip"]["biased"][0])
-    assert np.isfinite(numbers["stream"]["skip"]["biased"][1:]).all()
+    exact = numbers_of(B3, registers, images)["stream"]["skip"]["biased"]
+    np.testing.assert_allclose(numbers["stream"]["skip"]["biased"], [np.nan, *exact[1:]], rtol=1e-4)
 
 
 # --- B7

@@ -163,7 +163,7 @@ def test_functions_that_hold_traced_values_are_part_of_the_program_around(model,
     def loss(scale):
         return each_layer(model, images, lambda trace: trace["v"].sum() * scale, "v").sum()
 
-    assert jnp.isfinite(jax.grad(loss)(1.0)) and jax.grad(loss)(1.0) != 0
+    assert float(jax.grad(loss)(1.0)) == pytest.approx(float(loss(1.0)), rel=1e-5) != 0
     np.testing.assert_allclose(jax.vmap(loss)(jnp.arange(3.0)), np.arange(3.0) * float(loss(1.0)), rtol=1e-5)
 
 
@@ -341,7 +341,7 @@ def test_a_mapping_of_what_is_no_metric_is_refused():
     plain = getattr(
         sweeps._together, "__wrapped__", sweeps._together
     )  # without run-time types, which would speak first
-    with pytest.raises(ValueError, match="the metrics 'a' are no functions"):
+    with pytest.raises(ValueError, match="the metrics 'a' are not functions"):
         plain({"a": 3.0, "b": first_entry})
 
 
@@ -354,7 +354,7 @@ def test_a_start_outside_of_the_layers_is_refused_or_nan(layer, model, images):
             model.run_from(concrete, stream)
     traced = jax.jit(lambda m, layer, x: m.run_from(layer, x).tokens)
     assert jnp.isnan(traced(model, layer, stream)).all()
-    assert jnp.isfinite(traced(model, 3, stream)).all()
+    np.testing.assert_array_equal(traced(model, 3, stream), stream)  # no layer is left to run
 
 
 @pytest.mark.parametrize("layer", [1.0, jnp.ones(1, int), True])

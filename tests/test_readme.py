@@ -41,12 +41,16 @@ def test_examples_of_the_readme(monkeypatch, capsys, tmp_path):
     names = run_examples(README, monkeypatch, tmp_path)
     masses = eval(capsys.readouterr().out)
     assert list(masses) == ["cls", "patches"] and sum(masses.values()) == pytest.approx(1, abs=1e-5)
-    assert names["saliency"].shape == (1, 224, 224, 3) and float(abs(names["saliency"]).max()) > 0
     effect = names["effect"]
     assert list(effect.axes) == ["layer", "head", "image"] and effect.values.shape == (12, 6, 1)
     # Of every head: the cosine of the [CLS] without it with the clean one, in one run each.
     model, images = names["model"], names["images"]
     clean, run = model(images), jax.jit(lambda model, images, edits: model(images, edits).cls)
+    # The gradient of the first channel of [CLS]: along it, the channel rises by its length.
+    saliency, step = names["saliency"], 0.03
+    length = np.linalg.norm(saliency)
+    high, low = (model(images + sign * step * saliency / length).cls[0, 0] for sign in (1, -1))
+    assert float(high - low) / (2 * step) == pytest.approx(length, rel=0.02)
     for layer, head in ((0, 0), (6, 5), (11, 2)):
         without = run(model, images, jaxvit.ablate(model, "z", layers=layer, heads=head))
         expected = (without * clean.cls).sum(-1) / np.linalg.norm(without, axis=-1) / np.linalg.norm(clean.cls, axis=-1)

@@ -120,7 +120,7 @@ def test_scores_are_their_definition_and_do_not_depend_on_batches(model):
     ]
     assert 1 <= len(scores) <= 3
     expected = np.mean(scores, axis=0)
-    last = Batch(jnp.asarray(images[[3, 4, 4]]), np.array([True, True, False]), np.array([3, 4, 4]), ("", "", ""))
+    last = Batch(jnp.asarray(images[[3, 4, 4]]), np.array([True, True, False]), np.array([3, 4, 4]))
     search = partial(find_register_neurons, model, count=7, threshold=threshold, outliers_at=1, progress=False)
     for batches in ([jnp.asarray(images)], [jnp.asarray(images[:3]), last]):
         found = search(batches)
@@ -139,13 +139,13 @@ def test_a_file_that_imports_test_time_registers_has_no_test_of_that_name(tmp_pa
 
 def test_errors_are_one_sentence(model):
     images = [random_images(0, 2, *SIZE)]
-    with pytest.raises(ValueError, match="cannot add 0 registers"):
+    with pytest.raises(ValueError, match="count is 0; expected the number of registers"):
         add_registers(model, 0)
     with pytest.raises(ValueError, match=r"values have shape \[3\]; expected \[1, 32\]"):
         add_registers(model, 1, np.zeros(3))
     with pytest.raises(ValueError, match="none of 2 images has a patch whose norm is above 1000000.0: lower"):
         find_register_neurons(model, images, threshold=1e6, progress=False)
-    with pytest.raises(ValueError, match="cannot choose 0 of 144 neurons"):
+    with pytest.raises(ValueError, match="count is 0; expected 1 to 144"):
         find_register_neurons(model, images, 0, progress=False)
     with pytest.raises(ValueError, match="there is no layer 3"):
         find_register_neurons(model, images, layers=[3], progress=False)

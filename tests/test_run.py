@@ -346,9 +346,21 @@ def test_a_dry_run_of_the_paper(capsys, monkeypatch, tmp_path):
     for words in ("images: 5000", "facebook/dinov2-with-registers-giant", "openai/clip-vit-large-patch14", "iBOT"):
         assert words in told
     giant = next(line for line in told.splitlines() if "facebook/dinov2-giant" in line)
-    assert "1136" in giant and "4.5" in giant and "to fetch" in giant
-    assert re.search(r"every layer \(B3\): up to 7\.5 GB", told)
-    assert re.search(r"to fetch: at least \d+\.\d GB", told) and re.search(r"time on this machine .*: \d+", told)
+    T, D, F = 257, 1536, 4096
+    forward = 40 * (2 * T * D * 4 * D + 2 * 2 * T * T * D + 3 * 2 * T * D * F) / 2e11
+    assert f"1136.5 M 4.55 GB to fetch {1e3 * forward:.0f} ms" in " ".join(giant.split())
+    assert "every layer (B3): up to 7.5 GB" in told
+    rows = re.findall(r"([\d.]+) GB  to fetch +\d+ ms +([\d.]+) (s|min|h) ", told)
+    ((fetch,), ((time, unit),)) = (
+        re.findall(pattern, told)
+        for pattern in (r"to fetch: at least ([\d.]+) GB", r"time on this machine .*: ([\d.]+) (s|min|h)\n")
+    )
+    assert len(rows) > 1 and float(fetch) == pytest.approx(
+        sum(float(size) for size, *_ in rows), abs=0.05 + 0.005 * len(rows)
+    )
+    seconds = {"s": 1, "min": 60, "h": 3600}
+    whole = sum(float(number) * seconds[of] for _, number, of in rows)
+    assert float(time) * seconds[unit] == pytest.approx(whole, rel=0.05)
     assert not list(tmp_path.iterdir())
 
 

@@ -87,7 +87,7 @@ def test_the_batches_do_not_matter(model, images, stats):
 def test_repeated_images_of_a_stream_do_not_count(model, images, stats):
     def batch(places, valid):
         places = np.array(places)
-        return Batch(images[places], np.array(valid), places, tuple(map(str, places)))
+        return Batch(images[places], np.array(valid), places, names=tuple(map(str, places)))
 
     stream = [batch([0, 1, 2], [True] * 3), batch([3, 4, 5], [True] * 3), batch([6, 6, 6], [True, False, False])]
     streamed = ActivationStats.collect(model, iter(stream), SITES, progress=False)
@@ -230,7 +230,9 @@ def test_what_has_no_statistics_is_said_in_a_sentence(model, images, stats):
         stats.mean("attn_out")
     with pytest.raises(ValueError, match="no site 'middle'"):
         ActivationStats.collect(model, images, "middle")
-    with pytest.raises(ValueError, match="no statistics of 'pattern', 'scores': only of sites with one axis of tokens"):
+    with pytest.raises(
+        ValueError, match="no statistics of 'pattern', 'scores': they are for sites with one axis of tokens"
+    ):
         ActivationStats.collect(model, images, ("pattern", "q", "scores"))
     with pytest.raises(ValueError, match="no images to take statistics of"):
         ActivationStats.collect(model, [])

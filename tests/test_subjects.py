@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 
 import jax
-import numpy as np
 import pytest
 from conftest import TINY, random_images, random_model
 
@@ -81,7 +80,6 @@ def test_random_weights_are_marked_and_those_of_a_file_are_not(tmp_path):
     assert subject.about.weights == "random" and subject.about.registers_are == "random"
     assert subject.about.family == "random" and subject.about.size == "32 wide"
     out = subject.model(random_images(0, 2, 20), record="pattern")
-    assert np.isfinite(out.cls).all()
     assert out.trace["pattern"].max() > 2 / subject.model.layout.tokens, "attention is all but uniform"
 
     model = random_model(ViTConfig(**TINY, registers=2))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, TINY, random_images, random_model
 from flax import nnx
+from scipy.stats import truncnorm
 
 import jaxvit
 from jaxvit import SITES, Knockout, Take, ViT, ViTConfig
@@ -136,12 +137,20 @@ def test_no_images_give_no_outputs(one, images):
 
 
 def test_a_fresh_model_is_random_in_every_layer():
+    """Kernels have variance 1 / inputs; tokens and positions are 0.02 times a normal variable cut off at 2."""
     model = jax.jit(lambda: ViT(FAMILIES["dinov2 with registers"], rngs=nnx.Rngs(0)))()
+    inputs = {"patch_embed": 48, "blocks.attn.qkv": 32, "blocks.attn.proj": 32, "blocks.mlp.fc1": 32}
+    inputs |= {"blocks.mlp.fc2": 48}
     for name, value in to_params(model).items():
-        random = name in ("cls", "registers", "positions") or name.endswith("kernel")
-        assert jnp.isfinite(value).all(), name
-        assert (value.std() > 0.01) == random, name
-        if random and name.startswith("blocks."):
+        module, _, leaf = name.rpartition(".")
+        if leaf in ("bias", "scale", "gamma"):
+            np.testing.assert_array_equal(value, 0 if leaf == "bias" else 1, err_msg=name)
+            continue
+        std = inputs[module] ** -0.5 if leaf == "kernel" else 0.02 * truncnorm(-2, 2).std()
+        error = (2 * value.size) ** -0.5  # of the estimate, relative
+        assert float(value.std()) == pytest.approx(std, rel=4 * error), name
+        assert abs(float(value.mean())) < 4 * std * value.size**-0.5, name
+        if name.startswith("blocks."):
             assert (value[0] != value[1]).all(), name
 
 

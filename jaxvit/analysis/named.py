@@ -132,7 +132,7 @@ class NamedArray:
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist") from None
         except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, BadZipFile, ZlibError) as error:
-            raise ValueError(f"{path} is no complete file of NamedArray.save: {error}") from error
+            raise ValueError(f"{path} is not a complete file of NamedArray.save: {error}") from error
 
     def _axis(self, name: str) -> str:
         if name not in self.axes:

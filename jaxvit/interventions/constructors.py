@@ -57,8 +57,11 @@ class TokenIndices:
 
     Attributes:
       index: a number, several, or a mask of all tokens; may be traced.
-      layout: the sequence of the images: `model.config.layout(height, width)`. `model.layout` is that of the default
-        size.
+      layout: the layout of the images, `model.config.layout(height, width)`; `model.layout` for the default size.
+
+    Example:
+
+        ablate(model, "resid_pre", tokens=TokenIndices(-1, model.layout))  # the last patch
     """
 
     index: Indices
@@ -92,8 +95,19 @@ class Where(TypedDict, total=False):
 
 
 def ablate(model: ViT, site: str, **where: Unpack[Where]) -> SiteEdits:
-    """Sets values to zero. At the attention sites use `zero_attention` or `knockout`, which say what happens to the
-    rest of the row.
+    """Sets values to zero.
+
+    At the attention sites use `zero_attention` or `knockout`: they say what happens to the rest of a row.
+
+    Args:
+      where: what to set to zero, see `Where`; by default all of the site.
+
+    Raises:
+      ValueError: the model has no such site, layer, head, channel or token.
+
+    Example:
+
+        model(images, ablate(model, "z", layers=-1, heads=(0, 3))).cls  # [B, D], without two heads of the last layer
     """
     return {site: Edit(**select(model, site, where))}
 
@@ -101,14 +115,23 @@ def ablate(model: ViT, site: str, **where: Unpack[Where]) -> SiteEdits:
 def patch(
     model: ViT, site: str, value: ArrayLike, over: Over | Literal["prefix"] = "tokens", **where: Unpack[Where]
 ) -> SiteEdits:
-    """Puts the values of another run in place: `patch(model, "resid_post", other.trace["resid_post"], layers=5)`.
+    """Replaces values by those of another run.
 
     Args:
-      value: with the axes of the site; or with an axis of layers before them: of the selected layers in the order of
-        `layers` (a mask: in order of depth), of all layers in order of depth, or of one, which holds for all.
-      over: what the token axis of `value` counts: `tokens`; `groups`; or `prefix` for a value recorded of [CLS] and
-        registers alone, which then are all that can be edited. At the attention sites the number of query rows must fit
-        `queries`, which is `prefix` unless given, as in recording.
+      value: has the axes of the site, and may have an axis of layers before them. That axis holds the selected layers
+        in the order of `layers` (for a mask: in order of depth), all layers in order of depth, or one layer that is
+        used for all.
+      over: what the token axis of `value` counts. `tokens`: all tokens. `groups`: [CLS], each register, all patches.
+        `prefix`: [CLS] and registers; then only these can be edited. At the attention sites the number of query rows
+        must fit `queries`, which is `prefix` by default, as in recording.
+
+    Raises:
+      ValueError: a value of another shape, another number of tokens, or a selection that is not there.
+
+    Example:
+
+        other = model(other_images, record="resid_post")
+        model(images, patch(model, "resid_post", other.trace["resid_post"][5], layers=5, tokens="cls"))
     """
     if site in ATTENTION_SITES:
         where.setdefault("queries", "prefix")
@@ -125,7 +148,7 @@ def _patched(
         _check_tokens(site, value, where)
     if over == "prefix":
         if site in ATTENTION_SITES:
-            raise ValueError("over='prefix' is for sites of tokens; at the attention sites give queries='prefix'")
+            raise ValueError("over='prefix' is not for the attention sites: there give queries='prefix'")
         chosen["mask"] = _without_patches(model, site, where, chosen["mask"])
         value = jnp.pad(value, [(0, int(name == "T")) for name in ["L", *SITES[site].split()]])
         over = "groups"
@@ -133,7 +156,19 @@ def _patched(
 
 
 def replace_by_mean(model: ViT, site: str, stats: ActivationStats, **where: Unpack[Where]) -> SiteEdits:
-    """Puts the mean over images in place, of each layer and group."""
+    """Replaces values by their mean over images, of each layer and group of tokens.
+
+    Args:
+      stats: collected at this site, see `ActivationStats.collect`.
+
+    Raises:
+      ValueError: no statistics of this site, or a selection that is not there.
+
+    Example:
+
+        stats = ActivationStats.collect(model, jaxvit.stream(paths, model.config, 8), "resid_pre")
+        model(images, replace_by_mean(model, "resid_pre", stats, layers=-1, tokens="registers"))
+    """
     return {site: Edit(shift=stats.mean(site), **select(model, site, where))}
 
 
@@ -146,13 +181,21 @@ def replace_by_noise(
     layout: TokenLayout | None = None,
     **where: Unpack[Where],
 ) -> SiteEdits:
-    """Puts Gaussian noise in place, with the mean and variance over images of each layer, group and channel.
+    """Replaces values by Gaussian noise with the mean and variance over images of each layer, group and channel.
 
     Args:
-      rng: `jax.random.key(0)`.
-      batch: number of images; each gets its own noise.
-      layout: of the images, to draw for each patch by itself. Without it there is one draw for each group, which is all
-        that [CLS] and registers need, and the edit leaves patches alone.
+      stats: collected at this site, see `ActivationStats.collect`.
+      rng: a key, such as `jax.random.key(0)`.
+      batch: number of images, B. Each image gets its own noise.
+      layout: the layout of the images, such as `model.layout`: each patch gets its own noise. Without it only [CLS] and
+        registers are replaced.
+
+    Raises:
+      ValueError: no statistics of this site, a layout of another size, or a selection that is not there.
+
+    Example:
+
+        replace_by_noise(model, "resid_pre", stats, jax.random.key(0), len(images), tokens="registers")
     """
     chosen = select(model, site, where)
     if layout is None:
@@ -160,7 +203,7 @@ def replace_by_noise(
     selected = _layout_of(where)
     if layout is not None and selected is not None and layout != selected:
         raise ValueError(
-            f"the noise is for {_sequence(layout)}, and tokens are selected in {_sequence(selected)}; {OTHER_SIZE}"
+            f"the noise is for {_sequence(layout)}, but tokens are selected in {_sequence(selected)}; {OTHER_SIZE}"
         )
     noise = stats.noise(site, rng, batch, layout)
     return {site: Edit(shift=noise, value_over="groups" if layout is None else "tokens", **chosen)}
@@ -173,13 +216,22 @@ def replace_by_shuffle(
     clean: ArrayLike | None = None,
     **where: Unpack[Where],
 ) -> SiteEdits:
-    """Puts another image's values in place.
+    """Replaces the values of each image by those of another image.
 
     Args:
-      order: [B] or [L, B] integers: which image each image takes its values from, from 0 to B - 1. An axis of layers
-        is as that of `clean`.
-      clean: what was recorded at this site of a run without edits, as `patch` takes it: the donor's values come from
-        there. Without it they come from the same run, where the donor may have been edited too.
+      order: [B] or [L, B] integers from 0 to B - 1: which image each image takes its values from. The layers are as in
+        `clean`.
+      clean: the values of a run without edits at this site, as `patch` takes them. Without it, values come from the
+        edited run itself.
+
+    Raises:
+      ValueError: an order that is not of this shape and range, or a selection that is not there.
+
+    Example:
+
+        order = jnp.roll(jnp.arange(len(images)), 1)  # each image takes the registers of the one before it
+        clean = model(images, record="resid_pre").trace["resid_pre"]
+        model(images, replace_by_shuffle(model, "resid_pre", order, clean, tokens="registers"))
     """
     donor: Any = order if isinstance(order, jax.Array) else np.asarray(order)
     if donor.ndim not in (1, 2):
@@ -209,7 +261,19 @@ def replace_by_shuffle(
 
 
 def amplify(model: ViT, site: str, factor: ArrayLike, **where: Unpack[Where]) -> SiteEdits:
-    """Multiplies values by `factor`, a number or an array with the axes of an `Edit`; layers are as in `patch`."""
+    """Multiplies values by a factor.
+
+    Args:
+      factor: a number, or an array with an axis of layers and the axes of the site, each of which may be 1. Layers are
+        as in `patch`.
+
+    Raises:
+      ValueError: a factor that does not fit the site, or a selection that is not there.
+
+    Example:
+
+        model(images, amplify(model, "mlp_out", 2.0, layers=range(4), tokens="patches"))
+    """
     chosen = select(model, site, where)
     scale = jnp.asarray(factor, float)
     if scale.ndim == 1 + len(SITES[site].split()):
@@ -218,8 +282,18 @@ def amplify(model: ViT, site: str, factor: ArrayLike, **where: Unpack[Where]) ->
 
 
 def steer(model: ViT, site: str, vector: ArrayLike, **where: Unpack[Where]) -> SiteEdits:
-    """Adds `vector`, [D] (at `q`, `k`, `v`, `z`: [d] or [H, d]), or a number or an array with the axes of an `Edit`,
-    whose layers are as in `patch`.
+    """Adds a vector.
+
+    Args:
+      vector: [D], or at the sites `q`, `k`, `v`, `z` [d] or [H, d]. Also a number, or an array with an axis of layers
+        and the axes of the site, each of which may be 1. Layers are as in `patch`.
+
+    Raises:
+      ValueError: a vector of another shape, or a selection that is not there.
+
+    Example:
+
+        model(images, steer(model, "resid_post", 4 * direction, layers=5, tokens="cls"))  # direction: [D]
     """
     check_sites([site])
     v, axes = jnp.asarray(vector, float), ["L", *SITES[site].split()]
@@ -234,22 +308,48 @@ def steer(model: ViT, site: str, vector: ArrayLike, **where: Unpack[Where]) -> S
 
 
 def knockout(model: ViT, **where: Unpack[Where]) -> SiteEdits:
-    """Cuts attention from `query` to `key` before the softmax: the rest of a row is renormalised, and a row of which
-    nothing is left is zeros.
+    """Cuts attention from `query` to `key` before the softmax.
+
+    The rest of a row is renormalised. A row with no key left is zeros.
+
+    Raises:
+      ValueError: a selection that is not there.
+
+    Example:
+
+        model(images, knockout(model, query="cls", key="patches", layers=-1))
     """
     return {"scores": Knockout(**select(model, "scores", where))}
 
 
 def zero_attention(model: ViT, **where: Unpack[Where]) -> SiteEdits:
-    """Cuts attention from `query` to `key` after the softmax: the rest of a row stays as it is, and sums to less."""
+    """Cuts attention from `query` to `key` after the softmax.
+
+    The rest of a row keeps its weights, which then sum to less than 1.
+
+    Raises:
+      ValueError: a selection that is not there.
+
+    Example:
+
+        model(images, zero_attention(model, query="cls", key="registers"))
+    """
     return {"pattern": Edit(**select(model, "pattern", where))}
 
 
 def freeze_attention(model: ViT, pattern: ArrayLike, **where: Unpack[Where]) -> SiteEdits:
-    """Uses the attention weights of another run.
+    """Replaces the attention weights by those of another run.
 
     Args:
-      pattern: as recorded: [L, B, H, Q, T], of [CLS] and registers, or of all queries with queries="all".
+      pattern: [L, B, H, Q, T], as recorded: the rows of [CLS] and registers, or with queries="all" those of all tokens.
+
+    Raises:
+      ValueError: as `patch`.
+
+    Example:
+
+        clean = model(images, record="pattern")
+        edits = merge(freeze_attention(model, clean.trace["pattern"]), ablate(model, "mlp_out", layers=3))
     """
     return patch(model, "pattern", pattern, **where)
 
@@ -257,24 +357,43 @@ def freeze_attention(model: ViT, pattern: ArrayLike, **where: Unpack[Where]) -> 
 def scale_skip(
     model: ViT, factor: ArrayLike, branch: Literal["attn", "mlp"] = "attn", **where: Unpack[Where]
 ) -> SiteEdits:
-    """Multiplies the identity branch that attention's, or the MLP's, output is added to; 0 cuts the residual path."""
+    """Multiplies the skip path of a block: the stream that the output of attention, or of the MLP, is added to.
+
+    Args:
+      factor: as of `amplify`; 0 cuts the skip path.
+      branch: `attn`: the skip path around attention; `mlp`: the one around the MLP.
+
+    Raises:
+      ValueError: as `amplify`.
+
+    Example:
+
+        model(images, scale_skip(model, 0.0, layers=-1, tokens="cls")).cls  # only what attention brings to [CLS]
+    """
     return amplify(model, f"skip_{branch}", factor, **where)
 
 
 def remove_registers(model: ViT, registers: str | Sequence[str] | Indices = None, layers: Indices = None) -> SiteEdits:
-    """Masks these registers as attention keys: for all other tokens they are as good as deleted.
+    """Masks registers as attention keys: for all other tokens they do not exist.
 
     Args:
-      registers: their numbers, from 0: `remove_registers(model, 0)` removes the first. Several, a mask of all, a traced
-        number, or names such as `register 0` do as well. None: all.
+      registers: numbers from 0, a mask over all registers, or names such as `register 0`. Numbers may be traced. None:
+        all registers.
       layers: in which layers. None: in every layer.
+
+    Raises:
+      ValueError: a model without registers, or a register that is not there.
+
+    Example:
+
+        model(images, remove_registers(model, 0)).cls  # without the first register
     """
     if not model.config.registers:
         raise ValueError("this model has no registers to remove")
     names = [registers] if isinstance(registers, str) else registers if isinstance(registers, Sequence) else []
     if wrong := [one for one in names if isinstance(one, str) and not one.startswith("register")]:
         raise ValueError(
-            f"{', '.join(map(repr, wrong))}: not only registers; to cut off other tokens use knockout(model, key=..)"
+            f"{', '.join(map(repr, wrong))} is not a register: to cut off other tokens use knockout(model, key=..)"
         )
     return knockout(model, key=Registers(registers), layers=layers)
 
@@ -415,7 +534,7 @@ def _check_tokens(site: str, value: Array, where: Where) -> None:
     count = value.shape[1 + SITES[site].split().index("T")]
     if count not in (1, layout.tokens):
         raise ValueError(
-            f"the value for {site!r} is of {count} tokens, and tokens are selected in {_sequence(layout)}; {OTHER_SIZE}"
+            f"the value for {site!r} has {count} tokens, but tokens are selected in {_sequence(layout)}; {OTHER_SIZE}"
         )
 
 
@@ -436,7 +555,7 @@ def _tokens(model: ViT, what: Tokens, layout: TokenLayout | None) -> Mask:
     first, end = int(c.cls), int(c.cls) + c.registers
     if isinstance(what, Registers):
         if not c.registers:
-            raise ValueError("registers are selected, and this model has none")
+            raise ValueError("registers are selected, but this model has none")
         numbers: dict[str, Sequence[int]] = {name: [i] for i, name in enumerate(groups[first:end])}
         chosen = choose("register", c.registers, what.index, numbers | {"registers": range(c.registers)})
         pad: Any = np.pad if isinstance(chosen, np.ndarray) else jnp.pad
@@ -461,7 +580,7 @@ def _rows(model: ViT, query: Tokens, mask: Mask | None) -> Queries:
 def _prefix_rows(model: ViT, mask_Q: Mask, layout: TokenLayout | None) -> Mask:
     """A selection of queries for an edit that writes out the rows of [CLS] and registers alone."""
     if isinstance(mask_Q, np.ndarray) and mask_Q[model.prefix :].any():
-        raise ValueError("queries='prefix' edits rows of [CLS] and registers alone; for those of patches give 'all'")
+        raise ValueError("queries='prefix' edits only the rows of [CLS] and registers: give queries='all' for patches")
     return mask_Q if layout is None else mask_Q[: model.prefix]
 
 
@@ -470,7 +589,7 @@ def _without_patches(model: ViT, site: str, where: Where, mask: Mask) -> Mask:
     axis = 1 + SITES[site].split().index("T")
     named = where.get("tokens") is not None and isinstance(mask, np.ndarray)
     if named and np.take(mask, range(model.prefix, mask.shape[axis]), axis).any():
-        raise ValueError("values of [CLS] and registers alone cannot replace those of patches: select other tokens")
+        raise ValueError("these values are of [CLS] and registers and cannot replace patches: select other tokens")
     before = np.arange(max(mask.shape[axis], model.prefix + 1)) < model.prefix
     return mask * _along(site, {"T": before.astype(mask.dtype)})
 
@@ -513,13 +632,15 @@ def _by_depth(model: ViT, value: Any, layers: Indices, what: str) -> Any:
         if len(set(order.tolist())) < len(order):
             raise ValueError(f"layers is {layers!r}, which names a layer twice; {what} needs each layer once")
         if len(order) != n and n != depth:
-            raise ValueError(f"{what} has {n} layers, and {len(order)} of {depth} layers are selected")
+            raise ValueError(f"{what} has {n} layers, but {len(order)} of {depth} layers are selected")
     else:  # traced: indices that are not there are dropped
         order = jnp.where(found < 0, found + depth, found)
         order = jnp.where((order < 0) | (order >= depth), depth, order)
         if not jnp.issubdtype(found.dtype, jnp.integer) or len(found) != n:
             if n != depth:
-                raise ValueError(f"{what} has {n} layers and the layers are traced: give all {depth}, or one")
+                raise ValueError(
+                    f"{what} has {n} layers, but the selected layers are traced: give all {depth} layers, or one"
+                )
             return value
     if len(order) != n:
         return value

@@ -34,16 +34,22 @@ from jaxvit.model.vit import Block, ViT
 
 
 def add_registers(model: ViT, count: int = 1, values: ArrayLike = 0.0) -> ViT:
-    """The model with `count` more registers, after those it has.
+    """A copy of the model with more registers, after those it has.
 
     Args:
-      values: what they hold when they enter the first block: a number, [D], or [count, D].
+      count: how many registers are added.
+      values: their values at the first block: a number, [D], or [count, D].
 
     Raises:
-      ValueError: fewer than one, or values of another shape.
+      ValueError: `count` is less than 1, or `values` has another shape.
+
+    Example:
+
+        wider = add_registers(model, 4)
+        wider(images).registers  # [B, R + 4, D]
     """
     if count < 1:
-        raise ValueError(f"cannot add {count} registers")
+        raise ValueError(f"count is {count}; expected the number of registers to add, 1 or more")
     shape = (count, model.config.width)
     params = to_params(model)
     try:
@@ -80,19 +86,25 @@ def find_register_neurons(
 ) -> Neurons:
     """The neurons that are most active where patch tokens become outliers (algorithm 1 of Jiang et al. 2025).
 
-    An image's score of a neuron is its mean |mlp_post| over the image's outliers; scores are means over the images that
-    have any. Results do not depend on how images are batched.
+    The score of a neuron is its mean |mlp_post| over the outliers of an image, then the mean over the images that have
+    outliers. It does not depend on the batches.
 
     Args:
+      batches: as of `jaxvit.stream`, or arrays [B, H, W, 3].
       count: how many neurons.
-      threshold: the norm above which a patch is an outlier. None: 3 standard deviations above the mean of the patches
-        of its image.
-      outliers_at: the layer whose output shows them.
-      layers: where to look for neurons; by default all up to `outliers_at`. Outliers arise in few: the earlier the
-        layers, the closer to their cause.
+      threshold: the norm above which a patch is an outlier. None: the mean over the patches of its image plus 3
+        standard deviations.
+      outliers_at: the layer after which norms are read.
+      layers: where to look for neurons. None: all layers up to `outliers_at`. Outliers arise in few layers; early
+        layers are closer to their cause.
 
     Raises:
-      ValueError: no image, no outlier, or a layer that is not there.
+      ValueError: no image, no outlier, a layer that is not there, or more neurons than there are.
+
+    Example:
+
+        neurons = find_register_neurons(model, jaxvit.stream(paths, model.config, 8), count=20)
+        wider, edits = test_time_registers(model, neurons)
     """
     depth = model.config.depth
     asked = [outliers_at, *(() if layers is None else (layers := tuple(layers)))]
@@ -100,7 +112,7 @@ def find_register_neurons(
         raise ValueError(f"there is no layer {wrong[0]} in a model of {depth} layers")
     chosen = sorted({layer % depth for layer in (range(outliers_at % depth + 1) if layers is None else layers)})
     if not 1 <= count <= len(chosen) * model.config.hidden:
-        raise ValueError(f"cannot choose {count} of {len(chosen) * model.config.hidden} neurons")
+        raise ValueError(f"count is {count}; expected 1 to {len(chosen) * model.config.hidden}, the number of neurons")
     run = partial(_scores, outliers_at=outliers_at, layers=tuple(chosen))
     total, n, seen = np.zeros((len(chosen), model.config.hidden)), 0, 0
     for batch in track(batches, "register neurons", enabled=progress):
@@ -151,8 +163,25 @@ def _scores(
 
 
 def test_time_registers(model: ViT, neurons: Neurons, count: int = 1) -> tuple[ViT, SiteEdits]:
-    """The model with `count` empty registers, and the edits that move the neurons' activation there: each new register
-    gets a neuron's largest value over the patches, the patches get 0, and [CLS] and older registers keep theirs.
+    """A model with new registers, and the edits that move the activation of these neurons to them.
+
+    At each of the neurons, a new register gets the largest value over the patches, and the patches get 0. [CLS] and
+    older registers keep their values.
+
+    Args:
+      neurons: as `find_register_neurons` returns them.
+      count: how many registers are added; they are zero at the first block.
+
+    Returns:
+      The model, and the edits to run it with.
+
+    Raises:
+      ValueError: `count` is less than 1.
+
+    Example:
+
+        wider, edits = test_time_registers(model, neurons)
+        wider(images, edits).patches  # [B, N, D]
     """
     wider = add_registers(model, count)
     of_layer = np.zeros((model.config.depth, model.config.hidden), np.float32)

@@ -51,7 +51,11 @@ class ActivationStats:
         sites: str | Iterable[str] = ("resid_pre",),
         progress: bool = True,
     ) -> ActivationStats:
-        """Runs the model over images.
+        """Runs the model over images and measures these sites.
+
+        Args:
+          images: as of `jaxvit.stream`, or arrays [B, H, W, 3].
+          sites: one or several, of those with one axis of tokens.
 
         Raises:
           ValueError: no image, an unknown site, or one of attention, which has no single axis of tokens.
@@ -59,7 +63,9 @@ class ActivationStats:
         sites = (sites,) if isinstance(sites, str) else tuple(sites)
         check_sites(sites)
         if wrong := sorted(set(sites) & set(ATTENTION_SITES)):
-            raise ValueError(f"no statistics of {', '.join(map(repr, wrong))}: only of sites with one axis of tokens")
+            raise ValueError(
+                f"no statistics of {', '.join(map(repr, wrong))}: they are for sites with one axis of tokens"
+            )
         stats = cls()
         for each in track(batches_of(images), "statistics", enabled=progress):
             batch, valid = images_and_valid(each)
@@ -85,10 +91,19 @@ class ActivationStats:
         self.count = total
 
     def mean(self, site: str) -> Float[Array, "L 1 G *channels"]:
+        """The mean over the values seen.
+
+        Raises:
+          ValueError: no statistics of this site.
+        """
         return jnp.asarray(self._of(self.means, site)[:, None], float)
 
     def variance(self, site: str) -> Float[Array, "L 1 G *channels"]:
-        """Over the values seen (divided by their number)."""
+        """The variance over the values seen: the sum of squared differences, divided by their number.
+
+        Raises:
+          ValueError: no statistics of this site.
+        """
         squares = self._of(self.squares, site)
         count = np.maximum(self.count, 1).reshape(-1, *[1] * (squares.ndim - 2))
         return jnp.asarray((squares / count)[:, None], float)
@@ -96,8 +111,13 @@ class ActivationStats:
     def noise(
         self, site: str, rng: Array, batch: int, layout: TokenLayout | None = None
     ) -> Float[Array, "L B T *axes"]:
-        """Gaussian noise of this mean and variance, one draw for each image, and for each token of `layout`, or without
-        it for each group (then G stands for T).
+        """Gaussian noise with this mean and variance.
+
+        Each image gets its own draw for each token of `layout`. Without a layout there is one draw for each group of
+        tokens, and the axis T has size G.
+
+        Raises:
+          ValueError: no statistics of this site.
         """
         mean, deviation = self.mean(site), jnp.sqrt(self.variance(site))
         if layout is not None:

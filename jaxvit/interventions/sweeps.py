@@ -38,7 +38,11 @@ Metrics = Metric | Mapping[str, Metric]
 
 
 def cls_cosine(out: Output, clean: Output) -> Float[Array, " B"]:
-    """Cosine of [CLS], after the final norm, with that of the run without edits."""
+    """Cosine of [CLS] with that of the run without edits, both after the final norm: [B].
+
+    Raises:
+      ValueError: a model without [CLS].
+    """
     if out.cls is None or clean.cls is None:
         raise ValueError("this model has no [CLS]: give a metric, such as one of `out.pooled` and `clean.pooled`")
     return cosine(out.cls, clean.cls)
@@ -118,7 +122,7 @@ def _together(metric: Metrics) -> Metric:
     if not isinstance(metric, Mapping):
         return metric
     if wrong := [name for name, each in metric.items() if not callable(each)]:
-        raise ValueError(f"the metrics {', '.join(map(repr, wrong))} are no functions of (out, clean)")
+        raise ValueError(f"the metrics {', '.join(map(repr, wrong))} are not functions of (out, clean)")
     return lambda out, clean: {name: each(out, clean) for name, each in metric.items()}
 
 
@@ -221,10 +225,17 @@ def attribute(
 
     One backward pass gives the metric's gradient with respect to the value at every edited site. A point's estimate is
     its inner product with what the point's edit changes there: the directional derivative along the edit, at the clean
-    run. It costs no run of the model for a point. Effects that are far from linear need the `sweep`: a metric at its
-    maximum in the clean run, such as `cls_cosine`, has derivative 0.
+    run. A point costs no run of the model. Effects that are far from linear need `sweep`. So does a metric that is at
+    its maximum in the clean run, such as `cls_cosine`: its derivative is 0.
 
-    Args, returns and raises: as of `sweep`; the metric gives one number an image.
+    Args, returns and raises: as of `sweep`; the metric gives one number for each image.
+
+    Example:
+
+        def edits(point, clean):
+            return ablate(model, "z", layers=point["layer"], heads=point["head"])
+
+        attribute(model, images, edits, grids.heads(model), lambda out, clean: out.logits[:, 207])  # [L, H, B]
     """
     _check(batch_size, grid)
     batch_size = min(batch_size, len(grid))
@@ -271,7 +282,9 @@ def _attribution_programs(edits: Program, measure: Program) -> _Attribution:
             out = model.run_from(0, stream, nudged, takes, patches)
             values = measure.function(out, clean)
             if not isinstance(values, jax.Array) or values.shape != clean.tokens.shape[:1]:
-                raise ValueError(f"the metric returns {jax.tree.map(jnp.shape, values)}; expected a number an image")
+                raise ValueError(
+                    f"the metric returns {jax.tree.map(jnp.shape, values)}; expected one number for each image"
+                )
             return values.sum(), out.trace
 
         return jax.grad(total, has_aux=True)(jax.tree.map(jnp.zeros_like, shapes))

@@ -300,6 +300,10 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[ViTConfig, dict[str, An
 
     Raises:
       CheckpointError: no such folder, no config.json in it, or one that does not make sense.
+
+    Example:
+
+        config, source = jaxvit.read_config("base")  # no weights are read
     """
     content = read_content(folder)
     return content["config"], dict(content["provenance"].source)

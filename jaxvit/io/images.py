@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice, repeat
 from pathlib import Path
@@ -71,8 +71,8 @@ class Batch:
     images: Float[Array, "batch height width channels"]
     valid: Bool[np.ndarray | Array, " batch"]
     indices: Int[np.ndarray | Array, " batch"]
-    labels: np.ndarray | Array | None = None
-    names: tuple[str, ...] = ()
+    labels: np.ndarray | Array | None = field(default=None, kw_only=True)
+    names: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 jax.tree_util.register_dataclass(
@@ -468,7 +468,7 @@ def _stream(
         valid = np.arange(batch_size) < len(ready)
         indices, names, labels, pixels = zip(*ready, *[ready[-1]] * (batch_size - len(ready)), strict=True)
         known = None if labels[0] is None else np.stack([np.asarray(label) for label in labels])
-        return Batch(sizing.normalise(pixels), valid, np.array(indices), known, names)
+        return Batch(sizing.normalise(pixels), valid, np.array(indices), labels=known, names=names)
 
     numbered, waiting, ready = enumerate(pairs), deque(), []
     pool = ThreadPoolExecutor(workers, "jaxvit-images")

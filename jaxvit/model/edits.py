@@ -91,10 +91,9 @@ def times(factor: Array, x: Array) -> Array:
 class Edit(Operation):
     """x <- (1 - m) x + m (scale x + shift).
 
-    Arrays have the axes of the site, see `SITES`, after an axis of layers; every axis may be 1, which holds for all.
-    Token axes count groups ([CLS], each register, all patches; expanded inside the block) or single tokens, which
-    `mask_over` and `value_over` say. A number is the same everywhere. In float32 or the model's own type, whose
-    arithmetic they take part in.
+    Arrays have an axis of layers and then the axes of the site, see `SITES`. An axis of size 1 holds for all; so does a
+    number. Token axes count groups ([CLS], each register, all patches) or single tokens: `mask_over` and `value_over`
+    say which. Arrays are in float32 or in the model's own type.
 
     Attributes:
       mask: where to edit, and how much of it, 0 to 1.
@@ -122,11 +121,14 @@ class Edit(Operation):
 @partial(jax.tree_util.register_dataclass, data_fields=["mask", "order"], meta_fields=["mask_over", "queries"])
 @dataclass(frozen=True)
 class Shuffle(Operation):
-    """x <- (1 - m) x + m x[order]: another image's value in the same run, which may itself have been edited.
+    """x <- (1 - m) x + m x[order]: the value of another image in the same run, where it may have been edited too.
 
     Attributes:
       mask: as of `Edit`.
-      order: [L or 1, B] integers: which image each image takes the value of.
+      order: [L or 1, B] integers: which image each image takes its value from.
+
+    Example:
+      model(images, {"resid_pre": Shuffle(1.0, np.array([[1, 0]]))})  # two images swap
     """
 
     mask: Any
@@ -152,8 +154,9 @@ class Shuffle(Operation):
 @partial(jax.tree_util.register_dataclass, data_fields=["mask", "to"], meta_fields=["mask_over", "queries"])
 @dataclass(frozen=True)
 class Relocate(Operation):
-    """Moves a channel's activation from the patches to chosen tokens: those get its largest value over all patches, all
-    other tokens 0.
+    """Moves the activation of channels from the patches to chosen tokens.
+
+    These tokens get the largest value over all patches. All other tokens get 0.
 
     With register neurons at `mlp_post` and an appended register, these are test-time registers (Jiang et al. 2025,
     arXiv 2506.08010).
@@ -270,11 +273,11 @@ def normalise_edits(edits: Edits | None) -> dict[str, tuple[Operation, ...]]:
     """
     if not isinstance(edits, Mapping | None):
         what = repr(edits) if isinstance(edits, str) else f"of type {type(edits).__name__}"
-        raise ValueError(f"edits is {what}; expected a mapping of sites to edits (what to record is record=..)")
+        raise ValueError(f"edits is {what}; expected a mapping of sites to edits (for what to record, use record=..)")
     check_sites(edits or ())
     every = {s: tuple(e) if isinstance(e, Sequence) else (e,) for s, e in (edits or {}).items()}
     if wrong := [site for site, each in every.items() if not all(isinstance(e, Operation) for e in each)]:
-        raise ValueError(f"what is given at {', '.join(map(repr, wrong))} is no Edit, nor several")
+        raise ValueError(f"the edits at {', '.join(map(repr, wrong))} are neither an Edit nor a sequence of edits")
     return {site: each for site, each in every.items() if each}
 
 
@@ -343,17 +346,21 @@ def by_layer(edits: Any, depth: int) -> tuple[list[Array], Callable[[Sequence[Ar
 
 
 def merge(*edits: Edits, in_order: bool = False) -> Edits:
-    """All edits together.
+    """Combines several mappings of edits into one.
 
-    Edits of different sites are combined as they are. At one site they are applied in the order given, which must not
-    matter: their masks may not overlap. Those of knock-outs may, as these always come last.
+    Edits of one site are applied in the order given. Their masks may not overlap, so that the order does not matter.
+    The masks of knock-outs may: these are always applied last.
 
     Args:
-      in_order: allow masks that meet; the later edit then reads what the earlier one left.
+      in_order: allow masks that overlap; a later edit then reads what the earlier one left.
 
     Raises:
-      ValueError: two edits of one site meet, or their masks are traced (inside `jit` or `vmap`), so that nobody can
-        tell; `in_order=True` allows both.
+      ValueError: the masks of two edits of one site overlap, or are traced (inside `jit` or `vmap`), so that this is
+        not known; `in_order=True` allows both.
+
+    Example:
+
+        merge(ablate(model, "z", layers=3, heads=0), steer(model, "resid_post", v, layers=5), remove_registers(model))
     """
     merged: dict[str, tuple[Operation, ...]] = {}
     for more in edits:
@@ -394,7 +401,7 @@ def _check_apart(site: str, a: Operation, b: Operation) -> None:
     way_out = "or give in_order=True, and the later one reads what the earlier one left"
     if any(isinstance(edit.mask, Tracer) for edit in (a, b)):
         raise ValueError(
-            f"two edits at {site!r} have masks that are traced, so that whether they meet cannot be seen: merge them "
+            f"two edits at {site!r} have traced masks, so it is unknown whether they overlap: merge them "
             f"outside of the compiled function, {way_out}"
         )
     masks = _aligned(site, a, b)
@@ -408,7 +415,7 @@ def _check_apart(site: str, a: Operation, b: Operation) -> None:
     if meet.any():
         layers = sorted({int(i) for i in np.nonzero(meet)[0]}) if meet.ndim else []
         where = f" in layers {layers}" if meet.ndim and meet.shape[0] > 1 else ""
-        raise ValueError(f"two edits at {site!r} change the same values{where}: leave one out, {way_out}")
+        raise ValueError(f"two edits at {site!r} change the same values{where}: remove one, {way_out}")
 
 
 def _aligned(site: str, a: Operation, b: Operation) -> list[np.ndarray]:

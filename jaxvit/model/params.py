@@ -70,9 +70,17 @@ def matrix_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def functional(model: ViT) -> tuple[Callable[..., Output], Params]:
-    """`(apply, params)` with `apply(params, images, record=()) -> Output`, the model as a function of a plain dict.
+    """The model as a function of a plain dict of arrays.
 
-    For hot loops, optimisers and export: a dict of arrays costs less to pass to a compiled function than a module.
+    A dict costs less to pass to a compiled function than a module: use it in hot loops, with optimisers, for export.
+
+    Returns:
+      `(apply, params)`. `apply(params, images, edits, record)` takes what the model takes, and returns its `Output`.
+
+    Example:
+
+        apply, params = jaxvit.functional(model)
+        slopes = jax.grad(lambda params: apply(params, images).cls.sum())(params)  # name -> array
     """
     config = model.config
 
@@ -83,13 +91,17 @@ def functional(model: ViT) -> tuple[Callable[..., Output], Params]:
 
 
 def cast(model: ViT, dtype: DTypeLike) -> ViT:
-    """The same model with its parameters, and so its arithmetic, in another floating-point type.
+    """The same model in another floating-point type: its parameters, and so its arithmetic.
 
     Raises:
-      ValueError: not a floating-point type, or float64 while JAX has it disabled.
+      ValueError: not a floating-point type, or float64 while it is disabled in JAX.
+
+    Example:
+
+        half = jaxvit.cast(model, "bfloat16")
     """
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"a model cannot be of {np.dtype(dtype)}: its parameters are floating-point numbers")
+        raise ValueError(f"dtype is {np.dtype(dtype)}; expected a floating-point type, such as bfloat16")
     if not enabled(dtype):
         raise ValueError(f"{np.dtype(dtype)} is disabled: run under `jax.enable_x64(True)` or set JAX_ENABLE_X64=1")
     return jax.tree.map(lambda a: jnp.asarray(a, dtype), model)

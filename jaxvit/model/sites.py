@@ -115,7 +115,7 @@ def recording_plan(record: Record, depth: int, prefix: int, start: int = 0, stop
     stop = depth if stop is None else stop
     takes = as_takes(record)
     if wrong := [site for site, take in takes.items() if not isinstance(take, Take)]:
-        raise ValueError(f"record of {', '.join(map(repr, wrong))} is no Take: write {{'pattern': Take(layers=-1)}}")
+        raise ValueError(f"record of {', '.join(map(repr, wrong))} is not a Take: write {{'pattern': Take(layers=-1)}}")
     check_sites(takes)
     if not 0 <= start <= stop <= depth:
         raise ValueError(f"cannot run layers {start} to {stop - 1} of a model of {depth} layers, 0 to {depth - 1}")
