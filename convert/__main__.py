@@ -174,7 +174,7 @@ def show(arguments: Sequence[str]) -> int:
 
 
 def export_command(arguments: Sequence[str]) -> int:
-    from .export import LAYOUTS, export
+    from .export import LAYOUTS, export, left_out
 
     parser = parser_for(
         "export",
@@ -186,8 +186,11 @@ def export_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--layout", required=True, choices=LAYOUTS, help="whose names")
     parser.add_argument("--overwrite", action="store_true", help="replace DEST")
     options = parser.parse_args(arguments)
-    export(jaxvit.load(options.model), options.dest, options.layout, overwrite=options.overwrite)
+    model = jaxvit.load(options.model)
+    export(model, options.dest, options.layout, overwrite=options.overwrite)
     print(f"wrote {options.dest} in the layout of {options.layout}")
+    if missing := left_out(model, options.layout):
+        print(f"left out, as this layout has no place for it and no features depend on it: {', '.join(missing)}")
     return 0
 
 

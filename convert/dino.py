@@ -12,7 +12,7 @@ from typing import Any
 from .engine import Decided, Layout, Tensors
 from .meta import PLAIN, Names, read_config, table
 
-NAMES = Names(registers=(), scales=("gamma_1", "gamma_2"))
+NAMES = Names(registers=(), scales=("gamma_1", "gamma_2"), mask="masked_embed")
 
 
 def config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
@@ -50,7 +50,6 @@ LAYOUT = Layout(
     config=config,
     rules=lambda config, tensors: table(config, tensors, NAMES),
     ignored={
-        "masked_embed": "stands in for hidden patches during pretraining",
         **dict.fromkeys(("head.mlp.*", "head.last_*"), "the projection head of pretraining"),
         **dict.fromkeys(("module.head.mlp.*", "module.head.last_*"), "the same, of a student on several GPUs"),
     },

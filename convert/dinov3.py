@@ -16,7 +16,19 @@ import numpy as np
 from jaxvit import ViTConfig
 from jaxvit.model.positions import rope_periods
 
-from .engine import ConversionError, Decided, Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv
+from .engine import (
+    ConversionError,
+    Decided,
+    Layout,
+    Rule,
+    Tensors,
+    copy,
+    joined_linear,
+    linear,
+    norm,
+    patch_conv,
+    squeeze,
+)
 from .meta import (
     BLOCK,
     PLAIN,
@@ -29,6 +41,7 @@ from .meta import (
     square,
     table,
     token_rules,
+    when,
     with_heads,
 )
 
@@ -38,11 +51,10 @@ FAMILY: dict[str, Any] = dict(
 SHARED = {"preprocess": "as for photographs; DINOv3's models for satellite images have another mean and deviation"}
 ALWAYS = {**PLAIN, "layer_scale": True}
 del ALWAYS["qkv_bias"]  # which the 7B has not
-MASK = "stands in for hidden patches during pretraining"
 
 # Meta -----------------------------------------------------------------------------------------------------------------
 
-HUB_NAMES = Names(registers=("storage_tokens",), gates=("w1", "w2"), out="w3")
+HUB_NAMES = Names(registers=("storage_tokens",), gates=("w1", "w2"), out="w3", mask="mask_token")
 PERIODS = "rope_embed.periods"
 
 
@@ -87,7 +99,6 @@ HUB = Layout(
     config=hub_config,
     rules=hub_rules,
     ignored={
-        "mask_token": MASK,
         PERIODS: "computed, and compared",
         "local_cls_norm.*": "the norm of [CLS] of the small crops of pretraining",
     },
@@ -134,7 +145,7 @@ TIMM = Layout(
 
 # transformers ---------------------------------------------------------------------------------------------------------
 
-LAYER = "layer.{i}"
+LAYER, MASK = "layer.{i}", "embeddings.mask_token"
 
 
 def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
@@ -147,6 +158,7 @@ def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
         registers=shape_of(tensors, "embeddings.register_tokens", 3)[1],
         patch=square(*patch),
         positions=False,
+        mask_token=MASK in tensors,
         qkv_bias="layer.0.attention.q_proj.bias" in tensors,
     )
     told, assumed = with_heads(found, hints, ("DINOv3",))
@@ -168,6 +180,7 @@ def transformers_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
     return [
         *patch_conv("embeddings.patch_embeddings", "patch_embed"),
         *token_rules(config, tensors, ("embeddings.register_tokens",), "embeddings.cls_token"),
+        *when(config.mask_token, [squeeze(MASK, "mask_token", axes=2)]),
         *norm(f"{LAYER}.norm1", "blocks.norm1"),
         *qkv,
         *linear(f"{attention}.o_proj", "blocks.attn.proj"),
@@ -189,7 +202,6 @@ TRANSFORMERS = Layout(
     ),
     config=transformers_config,
     rules=transformers_rules,
-    ignored={"embeddings.mask_token": MASK},
     rename=lambda name: name.removeprefix("model."),  # transformers 5 in memory
 )
 

@@ -7,7 +7,8 @@ last bit. What a layout has no place for is refused, with the reason.
 A state dict does not tell everything, and the model that is to load it must be built as the config says: its heads,
 activation, epsilon and pooling. Positions resample as that library does it: at sizes other than that of the config's
 grid, results are equal only where this is the config's `resampling`. jaxvit keeps [CLS] and registers together with
-their positions; where a layout has these, they are zeros. Token masks of pretraining are zeros too.
+their positions; where a layout has these, they are zeros. The mask token of pretraining is written as it came, zeros if
+there is none; timm's models have no place for it, and `left_out` says so.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Target:
       layout: how its files are converted.
       write: the state dict of parameters that fit `needs` and `biases`.
       needs: what a config must be.
-      biases: those that are always there, or never: zeros are added, or left out.
+      biases: those that are always there, or never: zeros are added, or left out. The mask token is treated so too,
+        but left out whatever it holds: nothing that is computed depends on it.
       why: field -> the reason, where the value alone does not explain a refusal.
       hidden: whether its MLP comes in this size.
     """
@@ -126,6 +128,17 @@ def export(model: ViT, path: str | os.PathLike[str], layout: str, *, overwrite: 
     return path
 
 
+def left_out(model: ViT, layout: str) -> list[str]:
+    """What `state_dict` leaves out because the layout has no place for it, and nothing that is computed depends on it.
+
+    Example:
+
+        left_out(convert.load("facebook/dinov2-giant"), "timm")  # ["mask_token"]
+    """
+    kept = target_of(model.config, layout).biases(model.config).get("mask_token", True)
+    return ["mask_token"] if model.config.mask_token and not kept else []
+
+
 # What fits ------------------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +165,7 @@ def with_biases(target: Target, c: ViTConfig, params: Params) -> tuple[ViTConfig
     """The same function of images, with the biases of the target: zeros more, or zeros fewer."""
     config = replace(c, **target.biases(c))
     expected = to_params(abstract(config))
-    if lost := [name for name in params if name not in expected and params[name].any()]:
+    if lost := [n for n in params if n not in expected and n != "mask_token" and params[n].any()]:
         raise ConversionError(f"{target.whose} cannot hold this model: it has no place for {', '.join(lost)}")
     dtype = params["patch_embed.kernel"].dtype
     shapes = {name: matrix_shape(name, a.shape) for name, a in expected.items()}
@@ -201,10 +214,6 @@ def clip_shapes(c: ViTConfig, cls: str, positions: str) -> Shapes:
     return {cls: (c.width,), positions: (1 + c.grid[0] * c.grid[1], c.width)}
 
 
-def zeros(params: Params, *shape: int) -> np.ndarray:
-    return np.zeros(shape, params["patch_embed.kernel"].dtype)
-
-
 def write_timm(c: ViTConfig, params: Params) -> State:
     distilled = c.pool == "distilled"
     patches_alone = not distilled and (c.registers > 0 or c.final_norm == "none" or is_deit3(c))
@@ -221,7 +230,7 @@ def write_timm_dinov3(c: ViTConfig, params: Params) -> State:
 def write_transformers_dinov2(c: ViTConfig, params: Params) -> State:
     at = "embeddings"
     shapes = token_shapes(c, 1, f"{at}.register_tokens", f"{at}.cls_token", f"{at}.position_embeddings")
-    state = invert(dinov2.TRANSFORMERS, c, params, shapes) | {f"{at}.mask_token": zeros(params, 1, c.width)}
+    state = invert(dinov2.TRANSFORMERS, c, params, shapes)
     if not c.classes:
         return state
     base = "dinov2_with_registers" if c.registers else "dinov2"
@@ -230,8 +239,7 @@ def write_transformers_dinov2(c: ViTConfig, params: Params) -> State:
 
 def write_transformers_dinov3(c: ViTConfig, params: Params) -> State:
     at = "embeddings"
-    state = invert(dinov3.TRANSFORMERS, c, params, token_shapes(c, 0, f"{at}.register_tokens", f"{at}.cls_token"))
-    return state | {f"{at}.mask_token": zeros(params, 1, 1, c.width)}
+    return invert(dinov3.TRANSFORMERS, c, params, token_shapes(c, 0, f"{at}.register_tokens", f"{at}.cls_token"))
 
 
 def write_transformers_clip(c: ViTConfig, params: Params) -> State:
@@ -245,13 +253,11 @@ def within(prefix: str, layout: Layout, state: State) -> State:
 
 
 def write_dinov2(c: ViTConfig, params: Params) -> State:
-    state = invert(dinov2.HUB, c, params, token_shapes(c, 1, "register_tokens"))
-    return state | {"mask_token": zeros(params, 1, c.width)}
+    return invert(dinov2.HUB, c, params, token_shapes(c, 1, "register_tokens"))
 
 
 def write_dinov3(c: ViTConfig, params: Params) -> State:
     state = invert(dinov3.HUB, c, params, token_shapes(c, 0, "storage_tokens"))
-    state["mask_token"] = zeros(params, 1, c.width)
     state[dinov3.PERIODS] = rope_periods(c.head_size, c.rope_base, "bfloat16").astype(np.float32)
     if c.width == 4096:  # the 7B has one more norm, which is for the small crops of training alone
         state["local_cls_norm.weight"] = np.ones_like(params["cls"])
@@ -293,18 +299,30 @@ def all_biases(c: ViTConfig) -> Biases:
     return dict(patch_bias=True, qkv_bias=True, proj_bias=True)
 
 
+def masked_biases(c: ViTConfig) -> Biases:
+    return dict(all_biases(c), mask_token=True)
+
+
+def unmasked_biases(c: ViTConfig) -> Biases:
+    return dict(all_biases(c), mask_token=False)
+
+
 def rotary_biases(c: ViTConfig) -> Biases:
-    return dict(patch_bias=True, proj_bias=True)
+    return dict(patch_bias=True, proj_bias=True, mask_token=True)
+
+
+def timm_rotary_biases(c: ViTConfig) -> Biases:
+    return dict(rotary_biases(c), mask_token=False)
 
 
 def clip_biases(c: ViTConfig) -> Biases:
     head: Biases = dict(classes=0, projection=c.projection or c.classes)
-    return head | dict(patch_bias=False, qkv_bias=True, proj_bias=True)
+    return head | dict(patch_bias=False, qkv_bias=True, proj_bias=True, mask_token=False)
 
 
 def timm_biases(c: ViTConfig) -> Biases:
     head: Biases = dict(classes=c.classes or c.projection, projection=0)  # there a projection is a classifier
-    return head | dict(patch_bias=not c.pre_norm)  # which is tied to the norm
+    return head | dict(mask_token=False, patch_bias=not c.pre_norm)  # which is tied to the norm
 
 
 def whole_ratio(c: ViTConfig) -> bool:
@@ -335,7 +353,7 @@ TIMM_DINOV3 = Target(
     dinov3.TIMM,
     write_timm_dinov3,
     needs=ROTARY | dict(rope=("float32",), pool=("cls", "mean")),
-    biases=rotary_biases,
+    biases=timm_rotary_biases,
     why=COMPUTED,
 )
 TRANSFORMERS_DINOV2 = Target(
@@ -343,7 +361,7 @@ TRANSFORMERS_DINOV2 = Target(
     dinov2.TRANSFORMERS,
     write_transformers_dinov2,
     needs=OF_DINOV2,
-    biases=all_biases,
+    biases=masked_biases,
     hidden=whole_ratio,
 )
 TRANSFORMERS_CLASSIFIER = replace(
@@ -371,7 +389,7 @@ DINOV2 = Target(
     dinov2.HUB,
     write_dinov2,
     needs=OF_DINOV2 | dict(classes=(0,)),
-    biases=all_biases,
+    biases=masked_biases,
     hidden=multiple_of_8,
 )
 DINOV3 = Target(
@@ -388,7 +406,7 @@ DEIT3 = Target(
     deit.LAYOUT,
     write_deit3,
     needs=OF_DEIT3,
-    biases=all_biases,
+    biases=unmasked_biases,
 )
 DINO = Target(
     "the authors' DINO",

@@ -17,11 +17,23 @@ import numpy as np
 from jaxvit import ViTConfig
 
 from .catalogue import known
-from .engine import ConversionError, Decided, Rule, Tensors, copy, linear, norm, patch_conv, split_linear, tensor_shape
+from .engine import (
+    ConversionError,
+    Decided,
+    Rule,
+    Tensors,
+    copy,
+    linear,
+    norm,
+    patch_conv,
+    split_linear,
+    squeeze,
+    tensor_shape,
+)
 from .published import heads
 
 MEASURED = {"depth", "width", "hidden", "cls", "registers", "patch", "grid", "positions", "layer_scale", "norm"} | {
-    "patch_bias", "qkv_bias", "proj_bias", "patch_norm", "pre_norm", "qk_norm", "branch_norms", "classes"
+    "patch_bias", "qkv_bias", "proj_bias", "patch_norm", "pre_norm", "qk_norm", "branch_norms", "classes", "mask_token"
 }  # fmt: skip
 """Fields of a config that shapes tell; where a file beside them tells them too, both must agree."""
 
@@ -39,12 +51,14 @@ class Names:
       scales: LayerScale's two vectors.
       gates: the layers of a SwiGLU: one that holds gate and value, in this order, or two.
       out: its last layer.
+      mask: the token that stands in for hidden patches, [1, D]; empty if the library has none.
     """
 
     registers: tuple[str, ...] = ("reg_token", "dist_token")
     scales: tuple[str, str] = ("ls1.gamma", "ls2.gamma")
     gates: tuple[str, ...] = ("fc1",)
     out: str = "fc2"
+    mask: str = ""
 
 
 BLOCK = "blocks.{i}"
@@ -57,6 +71,7 @@ def table(config: ViTConfig, tensors: Tensors, names: Names) -> list[Rule]:
         *patch_conv("patch_embed.proj", "patch_embed", c.patch_bias),
         *when(c.patch_norm, norm("patch_embed.norm", "patch_norm", c.norm)),
         *token_rules(c, tensors, names.registers),
+        *when(c.mask_token, [squeeze(names.mask, "mask_token")]),
         *when(c.pre_norm, norm("norm_pre", "pre_norm", c.norm)),
         *norm(f"{BLOCK}.norm1", "blocks.norm1", c.norm),
         *linear(f"{BLOCK}.attn.qkv", "blocks.attn.qkv", c.qkv_bias),  # rows: all queries, keys, values; each by head
@@ -195,6 +210,7 @@ def read_config(
         registers=registers,
         patch=square(patch, patch_x),
         positions="pos_embed" in tensors,
+        mask_token=names.mask in tensors,
         patch_bias="patch_embed.proj.bias" in tensors,
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
         proj_bias="blocks.0.attn.proj.bias" in tensors,

@@ -358,16 +358,13 @@ def _timm(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -
 
 
 def _by_timm(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
-    """timm's model, from names that timm's own loader translates."""
+    """timm's model, from names that timm's own loader translates. It knows DINOv2 by its mask token, and drops that."""
     positioned = tensor_shape(tensors, "pos_embed")[1] > config.grid[0] * config.grid[1] and not config.registers
     module = _meta(lambda: build_timm(config, positioned))
-    own = checkpoint_filter_fn(_tensors(state), module, adapt_layer_scale=True)
+    unmasked = {name: state[name] for name in state if name != "masked_embed"}
+    own = checkpoint_filter_fn(_tensors(unmasked), module, adapt_layer_scale=True)
     module.load_state_dict(own, strict=True, assign=True)
     return module
-
-
-def _by_timm_with_mask(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
-    return _by_timm(layout, tensors, {**state, "mask_token": tensors["mask_token"]}, config)
 
 
 def _openai_clip(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -> Module:
@@ -435,7 +432,7 @@ def _clip(layout: Layout, tensors: Tensors, state: Tensors, config: ViTConfig) -
 
 BUILDERS: dict[str, Callable[[Layout, Tensors, Mapping[str, np.ndarray], ViTConfig], Module]] = {
     "timm": _timm,
-    "dinov2/hub": _by_timm_with_mask,
+    "dinov2/hub": _by_timm,
     "dinov2/transformers": _dinov2,
     "dinov2/transformers in memory": _dinov2,
     "dinov3/hub": _dinov3_hub,

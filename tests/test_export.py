@@ -22,7 +22,7 @@ import convert.export as exporting
 import jaxvit
 from convert import ConversionError
 from convert.__main__ import main
-from convert.export import LAYOUTS, export, state_dict
+from convert.export import LAYOUTS, export, left_out, state_dict
 from convert.originals import (
     Original,
     build_clip,
@@ -154,11 +154,12 @@ def test_the_original_loads_it_and_runs_equal(layout, name, tmp_path):
     params, wanted = to_params(again), to_params(model)
     added = params.keys() - wanted.keys()
     assert all(np.array_equal(params[key], wanted[key]) for key in wanted)
-    assert added <= {"head.linear.bias"} and not any(params[key].any() for key in added)
+    assert added <= {"head.linear.bias", "mask_token"} and not any(params[key].any() for key in added)
     same = dict(resampling="bicubic", preprocess=model.config.preprocess)
     if layout == "timm":  # where a projection is a classifier
         same |= dict(classes=model.config.classes or model.config.projection, projection=0)
     same |= {} if model.config.positions else {"grid": (4, 4)}
+    same |= {"mask_token": model.config.mask_token}  # zeros where it has to be
     assert replace(again.config, **same) == replace(model.config, **same)
 
 
@@ -169,7 +170,7 @@ def test_names_and_shapes_are_those_of_published_files(layout, registers):
     state = WRITERS[layout](config, numbers(config))
     back = state_dict(convert.load(state), layout.removeprefix("dinov2/"))
     assert {name: a.shape for name, a in back.items()} == {name: a.shape for name, a in state.items()}
-    summed = ("cls_token", "position", "pos_embed", "mask_token")
+    summed = ("cls_token", "position", "pos_embed")
     assert all(np.array_equal(back[name], state[name]) for name in state if not any(s in name for s in summed))
 
 
@@ -191,7 +192,9 @@ def test_names_of_dinov3_are_those_of_its_authors():
     assert mask[:64].all() and not mask[64:128].any() and mask[128:].all()
     assert state_dict(model_of("dinov3 rounded swiglu"), "hub").keys() == hub_dinov3_names(2, ("w1", "w2", "w3"))
     # The 7B has one more norm, which only training reads.
-    config = ViTConfig(**dict(DINOV3, width=4096, heads=32, depth=1, hidden=8), rope="bfloat16", qkv_bias=False)
+    config = ViTConfig(
+        **dict(DINOV3, width=4096, heads=32, depth=1, hidden=8), rope="bfloat16", qkv_bias=False, mask_token=True
+    )
     params = {name: np.zeros(a.shape, np.float32) for name, a in to_params(abstract(config)).items()}  # takes no memory
     more = {"local_cls_norm.weight", "local_cls_norm.bias"}
     assert exporting.write_dinov3(config, params).keys() == hub_dinov3_names(1, ("fc1", "fc2"), bias=False) | more
@@ -203,7 +206,43 @@ def test_half_precision_stays(tmp_path):
         path = export(model, tmp_path / f"{layout}.safetensors", layout)
         assert {str(a.dtype) for a in load_file(path).values()} == {"bfloat16"}
         again = convert.load(path, dtype="bfloat16", config={"heads": 2})
-        assert all(np.array_equal(a, to_params(model)[name]) for name, a in to_params(again).items())
+        assert all(np.array_equal(to_params(again)[name], a) for name, a in to_params(model).items())
+
+
+MASKS = {
+    ("dinov2 registers", "hub"): "mask_token",
+    ("dinov2 registers", "transformers"): "embeddings.mask_token",
+    ("dinov2 classifier", "transformers"): "dinov2.embeddings.mask_token",
+    ("dinov3 rounded", "hub"): "mask_token",
+    ("dinov3", "transformers"): "embeddings.mask_token",
+    ("ibot", "hub"): "masked_embed",
+}
+
+
+def with_mask(name):
+    model = model_of(name)
+    mask = jnp.arange(model.config.width, dtype=jnp.float32) / 7
+    return from_params(replace(model.config, mask_token=True), to_params(model) | {"mask_token": mask})
+
+
+@pytest.mark.parametrize(("name", "layout"), MASKS)
+def test_a_mask_token_is_written_as_it_came(name, layout):
+    model, tensor = with_mask(name), MASKS[name, layout]
+    state = state_dict(model, layout)
+    assert np.array_equal(state[tensor].ravel(), to_params(model)["mask_token"])
+    again = convert.load(state, config=known(model.config))
+    assert again.config.mask_token and np.array_equal(to_params(again)["mask_token"], to_params(model)["mask_token"])
+    bare = state_dict(model_of(name), layout)  # where the library has such a token, zeros stand for none
+    assert tensor not in bare if name == "ibot" else not bare[tensor].any()
+    assert left_out(model, layout) == []
+
+
+@pytest.mark.parametrize("name", ["dinov2 registers", "dinov3", "ibot"])
+def test_timm_has_no_place_for_a_mask_token(name):
+    model = with_mask(name)
+    state, wanted = state_dict(model, "timm"), state_dict(model_of(name), "timm")
+    assert state.keys() == wanted.keys() and all(np.array_equal(state[key], wanted[key]) for key in wanted)
+    assert left_out(model, "timm") == ["mask_token"] and left_out(model_of(name), "timm") == []
 
 
 def test_zero_biases_come_and_go():
@@ -341,6 +380,9 @@ def test_command(tmp_path, capsys):
     assert "wrote" in capsys.readouterr().out
     written, wanted = load_file(path), state_dict(model, "hub")
     assert written.keys() == wanted.keys() and all(np.array_equal(written[name], wanted[name]) for name in wanted)
+    jaxvit.save(with_mask("dino"), tmp_path / "masked")
+    assert main(["export", str(tmp_path / "masked"), str(tmp_path / "timm.safetensors"), "--layout", "timm"]) == 0
+    assert "left out" in (out := capsys.readouterr().out) and "mask_token" in out
     assert main(["export", str(folder), str(path), "--layout", "hub"]) == 1
     assert "exists" in capsys.readouterr().err
     assert main(["export", str(folder), str(path), "--layout", "transformers", "--overwrite"]) == 1

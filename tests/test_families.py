@@ -152,14 +152,22 @@ OFFICIAL = {
     "ibot": (
         ibot,
         {},
-        ViTConfig(**TINY, final_norm="pooled", pool="mean", resampling="bicubic_offset"),
+        ViTConfig(**TINY, final_norm="pooled", pool="mean", resampling="bicubic_offset", mask_token=True),
     ),
     "clip/openai": (openai, {}, replace(CLIP, resampling="bicubic")),
     "clip/transformers": (clip_transformers, {"config": {"mlp": "quick_gelu"}}, replace(CLIP, resampling="bicubic")),
-    "dinov3/hub": (dinov3_hub, {}, replace(DINOV3, rope="bfloat16", grid=(14, 14))),
-    "dinov3/hub gated": (lambda: dinov3_hub(GATED), {}, replace(GATED, rope="bfloat16", grid=(14, 14))),
-    "dinov3/transformers": (dinov3_transformers, {}, replace(DINOV3, grid=(14, 14))),
-    "dinov3/transformers gated": (lambda: dinov3_transformers(GATED), {}, replace(GATED, grid=(14, 14))),
+    "dinov3/hub": (dinov3_hub, {}, replace(DINOV3, rope="bfloat16", grid=(14, 14), mask_token=True)),
+    "dinov3/hub gated": (
+        lambda: dinov3_hub(GATED),
+        {},
+        replace(GATED, rope="bfloat16", grid=(14, 14), mask_token=True),
+    ),
+    "dinov3/transformers": (dinov3_transformers, {}, replace(DINOV3, grid=(14, 14), mask_token=True)),
+    "dinov3/transformers gated": (
+        lambda: dinov3_transformers(GATED),
+        {},
+        replace(GATED, grid=(14, 14), mask_token=True),
+    ),
 }
 """Layout -> a file in it, what has to be said beside it, and the config it must be read as."""
 

@@ -573,3 +573,16 @@ def test_attention_in_blocks_of_rows_is_attention(blocks, monkeypatch):
     whole = run(q, k, v, mask)
     monkeypatch.setattr(attention, "cpu_blocks", lambda shape, tokens: blocks)
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), run(q, k, v, mask), whole)
+
+
+def test_a_mask_token_changes_nothing():
+    """It is a parameter like others, and no forward pass reads it."""
+    config = ViTConfig(**TINY, registers=2)
+    model, images = random_model(config), random_images(0, 2, 20)
+    params = to_params(model) | {"mask_token": jnp.full(config.width, jnp.nan)}
+    masked = from_params(replace(config, mask_token=True), params)
+    jax.tree.map(np.testing.assert_array_equal, masked(images), model(images))
+    apply, params = jaxvit.functional(jaxvit.cast(masked, "float16"))
+    assert params["mask_token"].dtype == "float16" and np.isfinite(apply(params, images).cls).all()
+    grads = jax.grad(lambda model: model(images).cls.sum())(random_model(masked.config))
+    assert not np.asarray(to_params(grads)["mask_token"]).any()

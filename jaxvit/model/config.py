@@ -84,6 +84,8 @@ class ViTConfig:
       patch: side of a square patch, in pixels.
       grid: rows and columns of the patches that positions were learned for.
       positions: whether a learned vector is added to each patch.
+      mask_token: whether there is a vector that stands in for hidden patches during pretraining. A forward pass does
+        not use it; it is kept, so that exports hold it.
       rope: rotary positions, which turn the queries and keys of patches; None for none.
       rope_base: the largest of their periods is about this many times the smallest.
       patch_bias, qkv_bias, proj_bias: whether there are biases in the embedding of patches; in queries, keys and
@@ -116,6 +118,7 @@ class ViTConfig:
     patch: int = 14
     grid: tuple[int, int] = (37, 37)
     positions: bool = True
+    mask_token: bool = False
     rope: Rope | None = None
     rope_base: float = 100.0
     patch_bias: bool = True

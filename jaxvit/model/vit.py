@@ -113,7 +113,7 @@ class ViT(nnx.Module):
     """A Vision Transformer over [CLS], registers and patches.
 
     `cls` and `registers` hold these tokens *and* their positions, where a checkpoint has such: they are only ever used
-    as a sum.
+    as a sum. `mask_token` [D] is what pretraining puts in place of hidden patches: no forward pass reads it.
 
     Args:
       config: sizes and choices.
@@ -133,6 +133,7 @@ class ViT(nnx.Module):
         self.cls = tokens(present=c.cls)
         self.registers = tokens(c.registers, present=c.registers > 0)
         self.positions = tokens(*c.grid, present=c.positions)
+        self.mask_token = tokens(present=c.mask_token)
         self.pre_norm = make_norm(c, present=c.pre_norm)
         make_blocks = jax.jit(jax.vmap(lambda key: Block(c, nnx.Rngs(key))))  # jit: one compilation, not one an array
         self.blocks = make_blocks(jax.random.split(rngs.params(), c.depth))
