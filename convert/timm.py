@@ -126,6 +126,8 @@ def folder_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         if pool not in POOLS:
             raise ConversionError(f"the config.json asks for the pooling {pool!r}; known: {', '.join(POOLS)}")
         hints["pool"] = hints["pool"] if hints["pool"] == "distilled" and pool == "token" else POOLS[pool]
+    if (config.get("model_args") or {}).get("pos_embed") == "none":
+        hints["positions"] = False
     if size := (config.get("model_args") or {}).get("img_size") or (config.get("pretrained_cfg") or {}).get(
         "input_size"
     ):
@@ -143,7 +145,8 @@ def pixels(size: Any) -> tuple[int, int]:
 
 
 SHAPES = ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad", "num_classes", "reg_tokens", "class_token")
-SHAPES += ("init_values", "depth", "embed_dim", "mlp_ratio", "no_embed_class")
+SHAPES += ("init_values", "depth", "embed_dim", "mlp_ratio", "no_embed_class", "qkv_bias", "proj_bias", "qk_norm")
+SHAPES += ("scale_attn_norm", "scale_mlp_norm", "pre_norm", "embed_norm_layer", "pos_embed")
 """Arguments of timm's models that tensors show, or that do not matter."""
 
 

@@ -1,5 +1,6 @@
 """Export: what the original libraries load strictly, run equal, and give back to the last bit; or a reason why not."""
 
+import json
 from dataclasses import replace
 from functools import cache
 
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("timm")
-pytest.importorskip("transformers")
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers")
 
 from conftest import random_model
 from layouts import WRITERS, numbers, tiny
@@ -18,7 +19,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import convert
+import convert.configs as configs
 import convert.export as exporting
+import convert.timm
 import jaxvit
 from convert import ConversionError
 from convert.__main__ import main
@@ -209,6 +212,100 @@ def test_half_precision_stays(tmp_path):
         assert all(np.array_equal(to_params(again)[name], a) for name, a in to_params(model).items())
 
 
+FOLDERS = [(layout, name) for layout, name in PAIRS if layout != "hub" and name != "norms"]
+FOLDERS += [("transformers5", name) for layout, name in PAIRS if layout == "transformers"]
+
+
+@pytest.mark.parametrize(("layout", "name"), FOLDERS)
+def test_a_folder_tells_its_library_everything(layout, name, tmp_path):
+    """timm and transformers build the model from config.json alone, load all of it, and run equal."""
+    model, folder = model_of(name), export(model_of(name), tmp_path / "model", layout)
+    if layout == "timm":
+        assert sorted(each.name for each in folder.iterdir()) == ["config.json", "model.safetensors"]
+        module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        assert tuple(module.pretrained_cfg["mean"]) == model.config.preprocess.mean
+        data = timm.data.resolve_model_data_config(module)
+        assert int(data["input_size"][-1] // data["crop_pct"]) >= data["input_size"][-1]
+    else:
+        written = json.loads((folder / "config.json").read_text())
+        kind = getattr(transformers, written["architectures"][0])
+        module, info = kind.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
+        assert not any(info.values()), info
+        p, found = transformers.AutoImageProcessor.from_pretrained(folder), model.config.preprocess
+        assert (p.size["shortest_edge"], p.crop_size["height"]) == (found.resize, found.crop)
+        assert (tuple(p.image_mean), tuple(p.image_std)) == (found.mean, found.std)
+    *_, theirs = Original(name, module, model.config).run(images_of(name), torch.float64)
+    assert values_of(name).keys() == theirs.keys()
+    assert max(error(values_of(name)[key], theirs[key]) for key in theirs) < 1e-10
+    if layout != "timm" or (not model.config.rope and reads_back(folder)):
+        again = convert.load(folder)
+        same = dict(resampling=model.config.resampling, mask_token=model.config.mask_token)
+        same |= {"grid": model.config.grid} if not model.config.positions else {}
+        if layout == "timm":
+            same |= dict(classes=model.config.classes, projection=model.config.projection)
+        assert replace(again.config, **same) == model.config
+
+
+def reads_back(folder):
+    """Whether the architecture needs no arguments that this converter does not know."""
+    return json.loads((folder / "config.json").read_text())["model_args"].keys() <= {*convert.timm.SHAPES}
+
+
+@pytest.mark.parametrize("name", [name for layout, name in PAIRS if layout == "transformers"])
+def test_names_of_transformers_5_load_strictly_and_from_a_folder(name, tmp_path):
+    """The published names load from a folder alone, where the live ones differ."""
+    model = model_of(name)
+    folder = export(model, tmp_path / "model", "transformers5")
+    kind = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
+    module = kind(kind.config_class.from_pretrained(folder))
+    live = {name: torch.tensor(a) for name, a in state_dict(model, "transformers5").items()}
+    module.load_state_dict(live, strict=True)
+    loaded, info = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert all(torch.equal(a, live[name]) for name, a in loaded.state_dict().items())
+    # What save_pretrained writes are the published names.
+    module.save_pretrained(tmp_path / "theirs")
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    published = state_dict(model, "transformers")
+    prefix = "vision_model." if name == "clip without projection" else ""  # older versions expect it, all read it
+    assert {prefix + key: a.shape for key, a in theirs.items()} == {key: a.shape for key, a in published.items()}
+    assert all(np.array_equal(a, published[prefix + key]) for key, a in theirs.items())
+
+
+def test_real_sizes_have_the_architecture_of_their_name():
+    """Not one that is only as large."""
+    names = {
+        "vit_small_patch14_dinov2": ViTConfig.dinov2("small"),
+        "vit_base_patch14_reg4_dinov2": ViTConfig.dinov2("base", 4),
+        "vit_giant_patch14_dinov2": ViTConfig.dinov2("giant"),
+    }
+    assert {name: configs.architecture_of(config) for name, config in names.items()} == {name: name for name in names}
+
+
+def test_folders(tmp_path, capsys):
+    """What is replaced, and what is refused."""
+    model, folder = model_of("dino"), tmp_path / "dino"
+    export(model, folder, "timm")
+    with pytest.raises(ConversionError, match="exists: choose another name, or give --overwrite"):
+        export(model, folder, "timm")
+    export(model_of("vit"), folder, "timm", overwrite=True)
+    assert json.loads((folder / "config.json").read_text())["num_classes"] == 5
+    with pytest.raises(ConversionError, match=r"the authors' DINO keeps no config.json beside .*\.safetensors"):
+        export(model, tmp_path / "other", "hub")
+    strange = from_params(replace(model.config, eps=1e-3), to_params(model))
+    with pytest.raises(ConversionError, match=r"no architecture with layer norms of epsilon 0.001 .*\.safetensors"):
+        export(strange, tmp_path / "other", "timm")
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConversionError, match="holds other things, such as thesis.tex"):
+        export(model, folder, "timm", overwrite=True)
+    own = jaxvit.save(model, tmp_path / "own")
+    with pytest.raises(ConversionError, match="is a jaxvit model: choose another folder"):
+        export(model, own, "timm", overwrite=True)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["dino", "own"]
+    assert main(["export", str(own), str(tmp_path / "again"), "--layout", "timm"]) == 0
+    assert "local-dir:" in capsys.readouterr().out
+
+
 MASKS = {
     ("dinov2 registers", "hub"): "mask_token",
     ("dinov2 registers", "transformers"): "embeddings.mask_token",
@@ -309,7 +406,7 @@ REFUSED = {
         "iBOT .* final_norm is 'tokens', there it is 'pooled'",
     ),
     "hub: norms of queries": ("hub", dict(PLAIN, qk_norm=True), "qk_norm is True, there it is False"),
-    "no layout": ("flax", BASE, "no layout 'flax'; there are timm, transformers, hub"),
+    "no layout": ("flax", BASE, "no layout 'flax'; there are timm, transformers, transformers5, hub"),
 }
 
 
@@ -352,7 +449,7 @@ def test_files_are_not_overwritten(tmp_path):
     folder.mkdir()
     with pytest.raises(ConversionError, match="exists: choose another name$"):
         export(model, folder, "timm", overwrite=True)
-    with pytest.raises(ConversionError, match="must end in .safetensors"):
+    with pytest.raises(ConversionError, match="must end in .safetensors, for a file, or have no suffix, for a folder"):
         export(model, tmp_path / "model.pth", "timm")
     with pytest.raises(ConversionError, match="cannot write"):
         export(model, path / "below.safetensors", "timm")
