@@ -70,6 +70,14 @@ class Original:
     checksums: Mapping[str, str] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
 
+    @property
+    def only(self) -> tuple[int, int] | None:
+        """Height and width of the only images that the module takes: timm's without `dynamic_img_size`; else None."""
+        if getattr(self.module, "dynamic_img_size", True):
+            return None
+        height, width = self.module.patch_embed.img_size
+        return height, width
+
     def run(self, images: np.ndarray, dtype: torch.dtype) -> Iterator[Values]:
         """What the library computes for images [B, H, W, 3]: the values of each layer, and then those after the last:
         `final`, all tokens after the final norm, `pooled`, and `head`: logits or a projection, if there are any.
@@ -80,13 +88,13 @@ class Original:
         # first block, and beside it what else blocks are given: rotary positions.
         catch = Catch()
         ends = copy.deepcopy(self.module, {id(blocks): type(blocks)(*([catch] if library.unpacked else [[catch]]))})
-        ends = library.fold(ends).to(dtype).eval()
+        ends = library.fold(ends).to("cpu", dtype).eval()
         pixels = torch.tensor(images, dtype=dtype).permute(0, 3, 1, 2).contiguous()
         with torch.inference_mode(), precise_positions(ends, dtype, self.resampling):
             library.forward(ends, pixels)
         x, more, arguments = catch.take()
         for block in blocks:
-            block = copy.deepcopy(block).to(dtype).eval()
+            block = eager(copy.deepcopy(block)).to("cpu", dtype).eval()
             hooks = Hooks()
             library.watch(block, hooks, arguments)
             with torch.inference_mode(), replaced(torch.nn.functional, "softmax", wide_softmax):
@@ -96,6 +104,14 @@ class Original:
             yield values.pop()  # held by nobody but who asked for it
         with torch.inference_mode():
             yield {name: value.numpy() for name, value in library.finish(ends, x).items()}
+
+
+def eager(block: Module) -> Module:
+    """The block, a copy, with attention that returns its weights: a live model of transformers may have another."""
+    for part in block.modules():
+        if hasattr(part, "config"):
+            part.config._attn_implementation = "eager"
+    return block
 
 
 class Catch(torch.nn.Module):
