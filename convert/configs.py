@@ -34,7 +34,7 @@ def transformers_files(kind: str, own: Json, processor: str, c: ViTConfig, dtype
         num_attention_heads=c.heads,
         image_size=c.grid[0] * c.patch,
         patch_size=c.patch,
-        num_channels=3,
+        num_channels=c.channels,
         layer_norm_eps=c.eps,
     )
     p = c.preprocess
@@ -126,6 +126,7 @@ def timm_files(c: ViTConfig, patches_alone: bool) -> Mapping[str, Json]:
     args: Json = dict(
         img_size=[n * c.patch for n in c.grid],
         patch_size=c.patch,
+        in_chans=c.channels,
         embed_dim=c.width,
         depth=c.depth,
         num_classes=c.classes,
@@ -160,7 +161,7 @@ def timm_files(c: ViTConfig, patches_alone: bool) -> Mapping[str, Json]:
         args |= told_apart(c, architectures()[base])
     prepared = c.preprocess
     pretrained = dict(
-        input_size=[3, prepared.crop, prepared.crop],
+        input_size=[c.channels, prepared.crop, prepared.crop],
         fixed_input_size=False,
         interpolation="bicubic",
         crop_pct=crop_pct(prepared.resize, prepared.crop),

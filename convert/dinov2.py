@@ -61,7 +61,7 @@ def transformers(
     at = "encoder.layer.{i}"
     registers = ("embeddings.register_tokens",)
     return [
-        *patch_conv("embeddings.patch_embeddings.projection", "patch_embed"),
+        *patch_conv("embeddings.patch_embeddings.projection", "patch_embed", channels=config.channels),
         *token_rules(config, tensors, registers, "embeddings.cls_token", "embeddings.position_embeddings"),
         *when(config.mask_token, [squeeze(MASK, "mask_token")]),
         *norm(f"{at}.norm1", "blocks.norm1"),
@@ -78,7 +78,7 @@ def transformers(
 
 def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     registers = "embeddings.register_tokens"
-    width, _, *patch = shape_of(tensors, "embeddings.patch_embeddings.projection.weight", 4)
+    width, channels, *patch = shape_of(tensors, "embeddings.patch_embeddings.projection.weight", 4)
     count = shape_of(tensors, registers, 3)[1] if registers in tensors else 0
     mlp = "encoder.layer.0.mlp"
     gated = [f"{mlp}.{out}.weight" for out in ("weights_out", "down_proj") if f"{mlp}.{out}.weight" in tensors]
@@ -88,6 +88,7 @@ def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
         depth=count_blocks(tensors, "encoder.layer.{i}"),
         registers=count,
         width=width,
+        channels=channels,
         hidden=shape_of(tensors, gated[0] if gated else f"{mlp}.fc2.weight", 2)[1],
         patch=square(*patch),
         grid=grid,

@@ -149,11 +149,12 @@ LAYER, MASK = "layer.{i}", "embeddings.mask_token"
 
 
 def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
-    width, _, *patch = shape_of(tensors, "embeddings.patch_embeddings.weight", 4)
+    width, channels, *patch = shape_of(tensors, "embeddings.patch_embeddings.weight", 4)
     gated = "layer.0.mlp.gate_proj.weight" in tensors
     found = dict(
         depth=count_blocks(tensors, LAYER),
         width=width,
+        channels=channels,
         hidden=shape_of(tensors, "layer.0.mlp.down_proj.weight", 2)[1],
         registers=shape_of(tensors, "embeddings.register_tokens", 3)[1],
         patch=square(*patch),
@@ -178,7 +179,7 @@ def transformers_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
     if config.mlp != "swiglu":
         mlp = linear(f"{LAYER}.mlp.up_proj", "blocks.mlp.fc1") + linear(f"{LAYER}.mlp.down_proj", "blocks.mlp.fc2")
     return [
-        *patch_conv("embeddings.patch_embeddings", "patch_embed"),
+        *patch_conv("embeddings.patch_embeddings", "patch_embed", channels=config.channels),
         *token_rules(config, tensors, ("embeddings.register_tokens",), "embeddings.cls_token"),
         *when(config.mask_token, [squeeze(MASK, "mask_token", axes=2)]),
         *norm(f"{LAYER}.norm1", "blocks.norm1"),

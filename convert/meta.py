@@ -32,8 +32,9 @@ from .engine import (
 )
 from .published import heads
 
-MEASURED = {"depth", "width", "hidden", "cls", "registers", "patch", "grid", "positions", "layer_scale", "norm"} | {
-    "patch_bias", "qkv_bias", "proj_bias", "patch_norm", "pre_norm", "qk_norm", "branch_norms", "classes", "mask_token"
+MEASURED = {"depth", "width", "hidden", "cls", "registers", "patch", "channels", "grid", "positions", "layer_scale"} | {
+    "norm", "patch_bias", "qkv_bias", "proj_bias", "patch_norm", "pre_norm", "qk_norm", "branch_norms", "classes",
+    "mask_token",
 }  # fmt: skip
 """Fields of a config that shapes tell; where a file beside them tells them too, both must agree."""
 
@@ -68,7 +69,7 @@ def table(config: ViTConfig, tensors: Tensors, names: Names) -> list[Rule]:
     """The rules for a model of `config`. Of the tensors only names and shapes matter."""
     c = config
     return [
-        *patch_conv("patch_embed.proj", "patch_embed", c.patch_bias),
+        *patch_conv("patch_embed.proj", "patch_embed", c.patch_bias, c.channels),
         *when(c.patch_norm, norm("patch_embed.norm", "patch_norm", c.norm)),
         *token_rules(c, tensors, names.registers),
         *when(c.mask_token, [squeeze(names.mask, "mask_token")]),
@@ -192,7 +193,7 @@ def read_config(
       before: how many of the tokens before the patches have positions; by default all, [CLS] alone, or none.
       family: fields that are the same in the whole family and that shapes do not tell: resampling, eps ..
     """
-    width, _, patch, patch_x = shape_of(tensors, "patch_embed.proj.weight", 4)
+    width, channels, patch, patch_x = shape_of(tensors, "patch_embed.proj.weight", 4)
     fc1, fc2 = (f"blocks.0.mlp.{name}.weight" for name in (names.gates[0], names.out))
     gated = fc1 in tensors and fc2 in tensors
     gated = gated and (len(names.gates) == 2 or shape_of(tensors, fc1, 2)[0] == 2 * shape_of(tensors, fc2, 2)[1])
@@ -205,6 +206,7 @@ def read_config(
     found: dict[str, Any] = dict(
         depth=count_blocks(tensors, BLOCK),
         width=width,
+        channels=channels,
         hidden=shape_of(tensors, fc2 if gated else plain, 2)[1],
         cls=cls,
         registers=registers,
@@ -271,7 +273,7 @@ def decide(
     config = ViTConfig(**{**told, **{name: value for name, value in hints.items() if name in names}, **found})
     c = config
     matrices = c.depth * (4 * c.width + 3 * c.hidden)
-    vectors = c.grid[0] * c.grid[1] * c.positions + c.registers + c.classes + 3 * c.patch**2
+    vectors = c.grid[0] * c.grid[1] * c.positions + c.registers + c.classes + c.channels * c.patch**2
     if c.width * (matrices + vectors) > LARGEST:  # sizes of two tensors, each small, may multiply to anything
         sizes = ", ".join(f"{name} {getattr(c, name)}" for name in ("depth", "width", "hidden", "registers", "grid"))
         raise ConversionError(f"the checkpoint's sizes ({sizes}) make a model of over {LARGEST:,} parameters")

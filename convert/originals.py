@@ -79,7 +79,7 @@ class Original:
         return height, width
 
     def run(self, images: np.ndarray, dtype: torch.dtype) -> Iterator[Values]:
-        """What the library computes for images [B, H, W, 3]: the values of each layer, and then those after the last:
+        """What the library computes for images [B, H, W, C]: the values of each layer, and then those after the last:
         `final`, all tokens after the final norm, `pooled`, and `head`: logits or a projection, if there are any.
         """
         library = library_of(self.module)
@@ -224,6 +224,7 @@ def build_timm(config: ViTConfig, positioned: bool, gates: int = 1) -> Module:
     module = (VisionTransformerDistilled if distilled else VisionTransformer)(
         img_size=(c.grid[0] * c.patch, c.grid[1] * c.patch),
         patch_size=c.patch,
+        in_chans=c.channels,
         embed_dim=c.width,
         depth=c.depth,
         num_heads=c.heads,
@@ -268,6 +269,7 @@ def build_transformers(config: ViTConfig) -> Module:
         mlp_ratio=4 if config.mlp == "swiglu" else config.hidden // config.width,
         image_size=config.grid[0] * config.patch,
         patch_size=config.patch,
+        num_channels=config.channels,
         use_swiglu_ffn=config.mlp == "swiglu",
         layer_norm_eps=config.eps,
         attn_implementation="eager",
@@ -293,6 +295,7 @@ def build_dinov3(config: ViTConfig) -> Module:
             num_hidden_layers=config.depth,
             num_attention_heads=config.heads,
             patch_size=config.patch,
+            num_channels=config.channels,
             image_size=config.grid[0] * config.patch,
             num_register_tokens=config.registers,
             use_gated_mlp=config.mlp == "swiglu",
@@ -310,6 +313,7 @@ def build_dinov3_timm(config: ViTConfig, gates: int = 1) -> Module:
     return Eva(
         img_size=config.grid[0] * config.patch,
         patch_size=config.patch,
+        in_chans=config.channels,
         embed_dim=config.width,
         depth=config.depth,
         num_heads=config.heads,
@@ -349,6 +353,7 @@ def build_clip(config: ViTConfig) -> Module:
             num_hidden_layers=config.depth,
             num_attention_heads=config.heads,
             patch_size=config.patch,
+            num_channels=config.channels,
             image_size=config.grid[0] * config.patch,
             hidden_act=TRANSFORMERS_ACTIVATIONS[config.mlp],
             layer_norm_eps=config.eps,

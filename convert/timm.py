@@ -146,7 +146,7 @@ def pixels(size: Any) -> tuple[int, int]:
 
 SHAPES = ("img_size", "patch_size", "dynamic_img_size", "dynamic_img_pad", "num_classes", "reg_tokens", "class_token")
 SHAPES += ("init_values", "depth", "embed_dim", "mlp_ratio", "no_embed_class", "qkv_bias", "proj_bias", "qk_norm")
-SHAPES += ("scale_attn_norm", "scale_mlp_norm", "pre_norm", "embed_norm_layer", "pos_embed")
+SHAPES += ("scale_attn_norm", "scale_mlp_norm", "pre_norm", "embed_norm_layer", "pos_embed", "in_chans")
 """Arguments of timm's models that tensors show, or that do not matter."""
 
 

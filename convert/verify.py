@@ -101,7 +101,7 @@ def worst(errors: Mapping[str, Sequence[float]], sites: Iterable[str]) -> float:
 
 
 def compare(model: ViT, original: Original, images: np.ndarray, defaults: bool = True) -> Comparison:
-    """Runs both sides on images [B, H, W, 3], in both precisions; `defaults` is whether to measure that as well."""
+    """Runs both sides on images [B, H, W, C], in both precisions; `defaults` is whether to measure that as well."""
     return compare_all(model, [original], images, defaults)[0]
 
 
@@ -310,12 +310,12 @@ def check_sizes(model: ViT, original: Original, sizes: Iterable[Size]) -> None:
 
 
 def random_images(model: ViT, size: Size, seed: int = 0, tokens: int = 500) -> np.ndarray:
-    """Noise [B, H, W, 3], as many images as together have at least so many tokens.
+    """Noise [B, H, W, C], as many images as together have at least so many tokens.
 
     Errors are maxima, and the quotient of two maxima over few numbers is a matter of luck.
     """
     batch = -(-tokens // model.config.layout(*size).tokens)
-    return np.random.default_rng(seed).normal(size=(batch, *size, 3))
+    return np.random.default_rng(seed).normal(size=(batch, *size, model.config.channels))
 
 
 def certificate(

@@ -599,7 +599,7 @@ def test_transposed_matrices():
         ("register_tokens", (2, 4, 64)),
         ("register_tokens", (64,)),
         ("patch_embed.proj.weight", (64, 588)),
-        ("patch_embed.proj.weight", (64, 1, 14, 14)),
+        ("patch_embed.proj.weight", (64, 0, 14, 14)),
         ("patch_embed.proj.weight", (64, 3, 14, 13)),
         ("blocks.0.mlp.fc2.weight", (256,)),
         ("norm.weight", (1,)),

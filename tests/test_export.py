@@ -46,6 +46,7 @@ PLAIN = dict(BASE, layer_scale=False)
 CLIP = dict(PLAIN, mlp="quick_gelu", pre_norm=True, patch_bias=False, eps=1e-5)
 CONFIGS = {
     "dinov2": ViTConfig(**dict(DINOV2, heads=1, patch=14)),
+    "dinov2 gray": ViTConfig(**dict(DINOV2, heads=1, patch=14), channels=1),
     "dinov2 registers": ViTConfig(**dict(DINOV2, hidden=176), mlp="swiglu", registers=3),
     "dinov2 classifier": ViTConfig(**DINOV2, classes=5, pool="cls_mean"),
     "dinov2 registers classifier": ViTConfig(**DINOV2, registers=3, classes=5, pool="cls_mean"),
@@ -98,8 +99,9 @@ def model_of(name):
 
 @cache
 def images_of(name):
-    (rows, columns), patch = CONFIGS[name].grid, CONFIGS[name].patch
-    return np.random.default_rng(0).normal(size=(2, rows * patch, columns * patch, 3)).astype(np.float32)
+    c = CONFIGS[name]
+    size = (2, c.grid[0] * c.patch, c.grid[1] * c.patch, c.channels)
+    return np.random.default_rng(0).normal(size=size).astype(np.float32)
 
 
 @cache

@@ -5,6 +5,7 @@ tables is used. Sizes are tiny, so that all kinds of models can be compared at e
 """
 
 import json
+import re
 from dataclasses import replace
 
 import jax
@@ -24,6 +25,7 @@ import jaxvit
 from benchmarks.originals import randomise
 from convert import ConversionError, clip, dinov3
 from convert.catalogue import known
+from convert.export import state_dict
 from convert.originals import (
     build_clip,
     build_dinov3,
@@ -171,7 +173,16 @@ OFFICIAL = {
 }
 """Layout -> a file in it, what has to be said beside it, and the config it must be read as."""
 
+CHANNELS = {
+    "timm, 1 channel": lambda: timm_model(in_chans=1),
+    "timm, 4 channels": lambda: timm_model(in_chans=4, reg_tokens=2),
+    "dinov2, 1 channel": lambda: build_transformers(ViTConfig(**TINY, channels=1)),
+    "dinov3/timm, 4 channels": lambda: build_dinov3_timm(replace(DINOV3, channels=4)),
+    "dinov3, 2 channels": lambda: build_dinov3(replace(DINOV3, channels=2)),
+    "clip, 4 channels": lambda: build_clip(replace(CLIP, channels=4, mlp="gelu")),
+}
 MODULES = {
+    **CHANNELS,
     "dinov3/timm": lambda: build_dinov3_timm(replace(DINOV3, pool="mean")),
     "dinov3/timm gated": lambda: build_dinov3_timm(GATED, gates=2),
     "clip/transformers module": lambda: build_clip(replace(CLIP, mlp="gelu")),
@@ -211,6 +222,20 @@ def test_official_files(name):
     model = convert.load(file, **known)
     assert replace(model.config, preprocess=config.preprocess) == config
     assert_equal(model, original_of(file, **known))
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_channels(name):
+    """Read off the tensors; images of others are refused; a state dict tells as much as a module."""
+    module = randomise(MODULES[name]())
+    model, (expected,) = convert.load(module), re.findall(r"\d", name.partition(",")[2])
+    assert model.config.channels == int(expected) and f"images of {expected} channels" in model.config.in_words()
+    words = rf"images have shape \(1, 16, 16, 3\); expected \[batch, height, width, {expected} channels\]"
+    with pytest.raises(ValueError, match=words):
+        model(jnp.zeros((1, 16, 16, 3)))
+    told = {field: getattr(model.config, field) for field in ("heads", "mlp", "eps", "pool", "final_norm")}
+    again = convert.load(state_dict(model, "timm" if "timm" in name else "transformers"), config=told)
+    assert np.array_equal(again.patch_embed.kernel[...], model.patch_embed.kernel[...])
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -575,6 +575,28 @@ def test_attention_in_blocks_of_rows_is_attention(blocks, monkeypatch):
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), run(q, k, v, mask), whole)
 
 
+def test_images_of_four_channels():
+    """In everything that makes images or their shapes itself."""
+    model = random_model(ViTConfig(**TINY, channels=4))
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 20, 20, 4)), jnp.float32)
+    gray = images.at[..., 3].set(0)
+    assert not np.allclose(model(images).cls, model(gray).cls)
+    found = jaxvit.sweep(
+        model,
+        images,
+        lambda point, clean: jaxvit.ablate(model, "z", layers=point["layer"], heads=point["head"]),
+        jaxvit.grids.heads(model),
+        lambda out, clean: out.trace["pattern"].mean((0, 2, 3, 4)),
+        record=("pattern",),
+        progress=False,
+    )
+    assert np.isfinite(found.values).all()
+    words = r"images have shape \(2, 20, 20, 3\); expected \[batch, height, width, 4 channels\]"
+    for call in (model, model.embed, jax.jit(model)):
+        with pytest.raises(ValueError, match=words):
+            call(images[..., :3])
+
+
 def test_a_mask_token_changes_nothing():
     """It is a parameter like others, and no forward pass reads it."""
     config = ViTConfig(**TINY, registers=2)
