@@ -5,6 +5,7 @@ One table and one reading of shapes serve them all; what each library or family 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -268,6 +269,8 @@ def decide(
         for name, value in found.items()
         if name in hints and hints[name] != value and name in MEASURED
     ]
+    if differ and "architecture" in hints:
+        raise ConversionError(f"this is not {hints['architecture']}: {another_architecture(differ, found, hints)}")
     if differ:
         raise ConversionError(f"the checkpoint's tensors and its config disagree: {'; '.join(differ)}")
     config = ViTConfig(**{**told, **{name: value for name, value in hints.items() if name in names}, **found})
@@ -278,6 +281,17 @@ def decide(
         sizes = ", ".join(f"{name} {getattr(c, name)}" for name in ("depth", "width", "hidden", "registers", "grid"))
         raise ConversionError(f"the checkpoint's sizes ({sizes}) make a model of over {LARGEST:,} parameters")
     return Decided(config).assuming(assumed or {}, hints)
+
+
+def another_architecture(differ: Sequence[str], found: Mapping[str, Any], hints: Mapping[str, Any]) -> str:
+    """In which sizes tensors differ from the architecture that was named, and what to say."""
+    names = [name for name in found if name in hints and hints[name] != found[name] and name in MEASURED]
+    told = " ".join(f"--set {name}={json.dumps(found[name])}" for name in names)
+    return (
+        f"the tensors have {'; '.join(differ)}. Name the right one; or, if this is the same with other sizes, say so "
+        f"({told}, config={ {name: found[name] for name in names} }), and --set heads=.. unless they are still "
+        f"{hints.get('heads')}"
+    )
 
 
 LARGEST = 2**36

@@ -96,8 +96,12 @@ FACTS = ("heads", "mlp", "eps", "final_norm", "pool", "pool_prefix")
 """Fields of a config that an architecture decides, and tensors do not show."""
 
 
+SIZES = {"depth": "depth", "width": "embed_dim", "cls": "class_token"}
+"""Fields of a config that an architecture has too, and timm's arguments that change them. Tensors must agree."""
+
+
 def architecture_hints(name: str) -> dict[str, Any]:
-    """What is known of a timm architecture; "vit_base_patch16_224.augreg_in1k" is one with a tag.
+    """What is known of a timm architecture, its sizes among it; "vit_base_patch16_224.augreg_in1k" is one with a tag.
 
     Raises:
       ConversionError: none of timm's plain Vision Transformers.
@@ -109,7 +113,7 @@ def architecture_hints(name: str) -> dict[str, Any]:
         raise ConversionError(f"{name} cannot be converted: {known['refused']}")
     resize, crop, mean, std = known["preprocess"]
     preprocess = Preprocess(resize, crop, tuple(mean), tuple(std))
-    facts = {field: known[field] for field in FACTS}
+    facts = {field: known[field] for field in FACTS} | dict(zip(SIZES, known["shape"], strict=True))
     return {"library": "timm", "architecture": name, **facts, "preprocess": preprocess}
 
 
@@ -126,7 +130,9 @@ def folder_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         if pool not in POOLS:
             raise ConversionError(f"the config.json asks for the pooling {pool!r}; known: {', '.join(POOLS)}")
         hints["pool"] = hints["pool"] if hints["pool"] == "distilled" and pool == "token" else POOLS[pool]
-    if (config.get("model_args") or {}).get("pos_embed") == "none":
+    declared = config.get("model_args") or {}
+    hints |= {field: declared[argument] for field, argument in SIZES.items() if argument in declared}
+    if declared.get("pos_embed") == "none":
         hints["positions"] = False
     if size := (config.get("model_args") or {}).get("img_size") or (config.get("pretrained_cfg") or {}).get(
         "input_size"

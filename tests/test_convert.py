@@ -352,6 +352,7 @@ def test_timm_folder(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", timm_state(config, n))
     prepared = {"input_size": [3, 56, 56], "crop_pct": 0.875, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
     about = {"architecture": "vit_large_patch14_reg4_dinov2", "num_classes": 0, "pretrained_cfg": prepared}
+    about["model_args"] = {"depth": 2, "embed_dim": 64}
     (tmp_path / "config.json").write_text(json.dumps(about))
     model = convert.load(tmp_path)
     assert_holds(model, config, n)

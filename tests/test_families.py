@@ -450,6 +450,7 @@ def test_kinds_of_architectures(name, tmp_path):
     module = randomise(build(name, depth=1, **changes))
     write_safetensors(tmp_path / "model.safetensors", state_of(module))
     content = {"architecture": name, "num_classes": module.num_classes, "pretrained_cfg": {}}
+    content["model_args"] = {"depth": 1, "embed_dim": module.embed_dim}
     (tmp_path / "config.json").write_text(json.dumps(content))
     model = convert.load(tmp_path)
     live = convert.load(module)

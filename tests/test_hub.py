@@ -297,6 +297,7 @@ def test_timm(hub, made):
     config = replace(CONFIG, heads=16)
     prepared = {"input_size": [3, 56, 56], "crop_pct": 0.875, "mean": [0.5] * 3, "std": [0.25] * 3}
     about = {"architecture": "vit_large_patch14_reg4_dinov2", "num_classes": 0, "pretrained_cfg": prepared}
+    about["model_args"] = {"depth": 2, "embed_dim": 64}
     content = {"config.json": json.dumps(about).encode(), WEIGHTS: made(timm_state(config, NUMBERS))}
     hub.repositories[REPO] = Repository({FIRST: content})
     description = assert_loads(config=config)
