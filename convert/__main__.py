@@ -23,7 +23,7 @@ DESCRIPTION = """Converts a PyTorch checkpoint of a Vision Transformer to a jaxv
   jaxvit convert SOURCE DEST --verify        convert, then compare with the PyTorch original
   jaxvit verify DEST ORIGINAL                compare a converted model with its original
   jaxvit show DEST                           what a converted model is, where it comes from, how equal it is
-  jaxvit export DEST FILE --layout L         back to a PyTorch state dict
+  jaxvit export DEST OTHER --layout L        back to PyTorch: a state dict, or a folder for timm or transformers
   jaxvit list                                known checkpoints: sizes, licences, hub ids
 
 SOURCE is one of
@@ -192,21 +192,44 @@ def show(arguments: Sequence[str]) -> int:
 
 
 def export_command(arguments: Sequence[str]) -> int:
-    from .export import LAYOUTS, export
+    from .export import LAYOUTS, export, left_out, margins
 
     parser = parser_for(
         "export",
-        "Writes a jaxvit model as a state dict that the original library loads strictly: safetensors, with the names\n"
-        "and shapes of --layout. Refused, with the reason, where the layout has no place for what the model has.",
+        "Writes a jaxvit model for the original library. DEST is\n"
+        "  a name that ends in .safetensors   a state dict\n"
+        "  a name without a suffix            a folder with config.json, from which timm and transformers build it\n\n"
+        "  --layout timm           load_state_dict takes it strictly; timm.create_model('local-dir:DEST')\n"
+        "  --layout transformers   the names of published files: from_pretrained loads them, in every version\n"
+        "  --layout transformers5  the names of modules in memory: load_state_dict of transformers 5 takes them\n"
+        "                          strictly, and its from_pretrained loads them too\n"
+        "  --layout hub            the files of a family's authors\n\n"
+        "Refused, with the reason, where the layout has no place for what the model has.",
     )
     parser.add_argument("model", metavar="MODEL", help="a folder that jaxvit convert wrote")
-    parser.add_argument("dest", metavar="DEST", type=Path, help="the file to write, .safetensors")
+    parser.add_argument("dest", metavar="DEST", type=Path, help="the file (.safetensors) or folder to write")
     parser.add_argument("--layout", required=True, choices=LAYOUTS, help="whose names")
     parser.add_argument("--overwrite", action="store_true", help="replace DEST")
     options = parser.parse_args(arguments)
-    export(jaxvit.load(options.model), options.dest, options.layout, overwrite=options.overwrite)
-    print(f"wrote {options.dest} in the layout of {options.layout}")
+    model = jaxvit.load(options.model)
+    export(model, options.dest, options.layout, overwrite=options.overwrite)
+    print(f"wrote {options.dest} in the layout {options.layout}")
+    if not options.dest.suffix:
+        print(f"load it with {loader(options.dest)}")
+        if there := margins(model, options.layout):
+            how = {"round": "rounds it to even", "floor": "rounds it down"}[there]
+            print(f"images: where half a pixel remains beside a crop, the library {how}, and the model does not")
+    if missing := left_out(model, options.layout):
+        print(f"left out, as this layout has no place for it and no features depend on it: {', '.join(missing)}")
     return 0
+
+
+def loader(folder: Path) -> str:
+    """What a user of timm or transformers types to load an exported folder."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "architecture" in config:
+        return f'timm.create_model("local-dir:{folder}", pretrained=True)'
+    return f'transformers.{config["architectures"][0]}.from_pretrained("{folder}")'
 
 
 def list_command(arguments: Sequence[str]) -> int:

@@ -73,11 +73,12 @@ BLOCK = "transformer.resblocks.{i}"
 
 
 def openai_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
-    width, _, *patch = shape_of(tensors, "conv1.weight", 4)
+    width, channels, *patch = shape_of(tensors, "conv1.weight", 4)
     grid, why = grid_of(tensors, "positional_embedding", 2, (1,), square(*patch), hints, ("CLIP",))
     found = dict(
         depth=count_blocks(tensors, BLOCK),
         width=width,
+        channels=channels,
         hidden=shape_of(tensors, f"{BLOCK.format(i=0)}.mlp.c_fc.weight", 2)[0],
         patch=square(*patch),
         grid=grid,
@@ -89,7 +90,7 @@ def openai_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
 
 def openai_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
     return [
-        *patch_conv("conv1", "patch_embed", bias=False),
+        *patch_conv("conv1", "patch_embed", bias=False, channels=config.channels),
         *token_rules(config, tensors, (), "class_embedding", "positional_embedding"),
         *norm("ln_pre", "pre_norm"),
         *norm(f"{BLOCK}.ln_1", "blocks.norm1"),
@@ -131,12 +132,13 @@ LAYER = "encoder.layers.{i}"
 
 
 def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
-    width, _, *patch = shape_of(tensors, "embeddings.patch_embedding.weight", 4)
+    width, channels, *patch = shape_of(tensors, "embeddings.patch_embedding.weight", 4)
     positions = "embeddings.position_embedding.weight"
     grid, why = grid_of(tensors, positions, 2, (1,), square(*patch), hints, ("CLIP",))
     found = dict(
         depth=count_blocks(tensors, LAYER),
         width=width,
+        channels=channels,
         hidden=shape_of(tensors, f"{LAYER.format(i=0)}.mlp.fc1.weight", 2)[0],
         patch=square(*patch),
         grid=grid,
@@ -148,7 +150,7 @@ def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
 def transformers_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
     positions = "embeddings.position_embedding.weight"
     return [
-        *patch_conv("embeddings.patch_embedding", "patch_embed", bias=False),
+        *patch_conv("embeddings.patch_embedding", "patch_embed", bias=False, channels=config.channels),
         *token_rules(config, tensors, (), "embeddings.class_embedding", positions),
         *norm("pre_layrnorm", "pre_norm"),  # so in the published files
         *norm(f"{LAYER}.layer_norm1", "blocks.norm1"),

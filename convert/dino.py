@@ -13,7 +13,7 @@ from .engine import Decided, Layout, Tensors
 from .meta import PLAIN, Names, read_config, table
 from .preparation import META
 
-NAMES = Names(registers=(), scales=("gamma_1", "gamma_2"))
+NAMES = Names(registers=(), scales=("gamma_1", "gamma_2"), mask="masked_embed")
 
 
 def config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
@@ -54,7 +54,6 @@ LAYOUT = Layout(
     config=config,
     rules=lambda config, tensors: table(config, tensors, NAMES),
     ignored={
-        "masked_embed": "stands in for hidden patches during pretraining",
         **dict.fromkeys(("head.mlp.*", "head.last_*"), "the projection head of pretraining"),
         **dict.fromkeys(("module.head.mlp.*", "module.head.last_*"), "the same, of a student on several GPUs"),
     },

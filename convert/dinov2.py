@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxvit import ViTConfig
 
-from .engine import Decided, Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv, split_linear
+from .engine import Decided, Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv, split_linear, squeeze
 from .meta import (
     PLAIN,
     Names,
@@ -25,14 +25,14 @@ from .meta import (
     square,
     table,
     token_rules,
+    when,
     with_heads,
 )
 from .preparation import META
 
-MASK = "stands in for hidden patches during pretraining; takes no part when whole images are read"
 HEAD = "a head that pretraining puts on top of the backbone"
 
-HUB_NAMES = Names(registers=("register_tokens",), gates=("w12",), out="w3")
+HUB_NAMES = Names(registers=("register_tokens",), gates=("w12",), out="w3", mask="mask_token")
 
 
 def hub_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
@@ -54,14 +54,18 @@ def hub_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
 # transformers ---------------------------------------------------------------------------------------------------------
 
 
+MASK = "embeddings.mask_token"
+
+
 def transformers(
     config: ViTConfig, tensors: Tensors, qkv: Sequence[str], proj: str, swiglu: Sequence[Rule]
 ) -> list[Rule]:
     at = "encoder.layer.{i}"
     registers = ("embeddings.register_tokens",)
     return [
-        *patch_conv("embeddings.patch_embeddings.projection", "patch_embed"),
+        *patch_conv("embeddings.patch_embeddings.projection", "patch_embed", channels=config.channels),
         *token_rules(config, tensors, registers, "embeddings.cls_token", "embeddings.position_embeddings"),
+        *when(config.mask_token, [squeeze(MASK, "mask_token")]),
         *norm(f"{at}.norm1", "blocks.norm1"),
         *joined_linear([f"{at}.attention.{name}" for name in qkv], "blocks.attn.qkv"),
         *linear(f"{at}.attention.{proj}", "blocks.attn.proj"),
@@ -76,7 +80,7 @@ def transformers(
 
 def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     registers = "embeddings.register_tokens"
-    width, _, *patch = shape_of(tensors, "embeddings.patch_embeddings.projection.weight", 4)
+    width, channels, *patch = shape_of(tensors, "embeddings.patch_embeddings.projection.weight", 4)
     count = shape_of(tensors, registers, 3)[1] if registers in tensors else 0
     mlp = "encoder.layer.0.mlp"
     gated = [f"{mlp}.{out}.weight" for out in ("weights_out", "down_proj") if f"{mlp}.{out}.weight" in tensors]
@@ -86,9 +90,11 @@ def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
         depth=count_blocks(tensors, "encoder.layer.{i}"),
         registers=count,
         width=width,
+        channels=channels,
         hidden=shape_of(tensors, gated[0] if gated else f"{mlp}.fc2.weight", 2)[1],
         patch=square(*patch),
         grid=grid,
+        mask_token=MASK in tensors,
         classes=classes,
     )
     told, assumed = with_heads(found, hints, ("DINOv2",))
@@ -108,7 +114,7 @@ HUB = Layout(
     anchors=("cls_token", "mask_token", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.ls1.gamma"),
     config=hub_config,
     rules=lambda config, tensors: table(config, tensors, HUB_NAMES),
-    ignored={"mask_token": MASK, "dino_head.*": HEAD, "ibot_head.*": HEAD},
+    ignored={"dino_head.*": HEAD, "ibot_head.*": HEAD},
     # Models sharded for training keep blocks in chunks, blocks.<chunk>.<block>; <block> already counts over all chunks.
     rename=lambda name: re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name),
 )
@@ -130,7 +136,6 @@ TRANSFORMERS = Layout(
         swiglu=split_linear(f"{IN_BLOCK}.mlp.weights_in", ("blocks.mlp.gate", "blocks.mlp.value"))
         + linear(f"{IN_BLOCK}.mlp.weights_out", "blocks.mlp.out"),
     ),
-    ignored={"embeddings.mask_token": MASK},
     outside=("classifier.weight", "classifier.bias"),
     accepts=lambda tensors, hints: "encoder.layer.0.layernorm_before.weight" not in tensors,  # a plain ViT's
 )
@@ -148,7 +153,6 @@ TRANSFORMERS_IN_MEMORY = Layout(
         + linear(f"{IN_BLOCK}.mlp.up_proj", "blocks.mlp.value")
         + linear(f"{IN_BLOCK}.mlp.down_proj", "blocks.mlp.out"),
     ),
-    ignored=TRANSFORMERS.ignored,
     outside=TRANSFORMERS.outside,
 )
 

@@ -18,7 +18,19 @@ from jaxvit import ViTConfig
 from jaxvit.model.config import Rope
 from jaxvit.model.positions import rope_periods
 
-from .engine import ConversionError, Decided, Layout, Rule, Tensors, copy, joined_linear, linear, norm, patch_conv
+from .engine import (
+    ConversionError,
+    Decided,
+    Layout,
+    Rule,
+    Tensors,
+    copy,
+    joined_linear,
+    linear,
+    norm,
+    patch_conv,
+    squeeze,
+)
 from .meta import (
     BLOCK,
     PLAIN,
@@ -31,6 +43,7 @@ from .meta import (
     square,
     table,
     token_rules,
+    when,
     with_heads,
 )
 from .preparation import META, of_timm, of_transformers
@@ -41,11 +54,10 @@ FAMILY: dict[str, Any] = dict(
 SHARED = {"preprocess": "as for photographs; DINOv3's models for satellite images have another mean and deviation"}
 ALWAYS = {**PLAIN, "layer_scale": True}
 del ALWAYS["qkv_bias"]  # which the 7B has not
-MASK = "stands in for hidden patches during pretraining"
 
 # Meta -----------------------------------------------------------------------------------------------------------------
 
-HUB_NAMES = Names(registers=("storage_tokens",), gates=("w1", "w2"), out="w3")
+HUB_NAMES = Names(registers=("storage_tokens",), gates=("w1", "w2"), out="w3", mask="mask_token")
 PERIODS = "rope_embed.periods"
 
 
@@ -145,7 +157,6 @@ HUB = Layout(
     config=hub_config,
     rules=hub_rules,
     ignored={
-        "mask_token": MASK,
         PERIODS: "computed, and compared",
         "local_cls_norm.*": "the norm of [CLS] of the small crops of pretraining",
         **dict.fromkeys(("dino_head.*", "ibot_head.*"), "a head that pretraining puts on top of the backbone"),
@@ -197,20 +208,22 @@ TIMM = Layout(
 
 # transformers ---------------------------------------------------------------------------------------------------------
 
-LAYER = "layer.{i}"
+LAYER, MASK = "layer.{i}", "embeddings.mask_token"
 PROCESSOR = {"image_processor_type": "DINOv3ViTImageProcessor"}
 
 
 def transformers_config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
-    width, _, *patch = shape_of(tensors, "embeddings.patch_embeddings.weight", 4)
+    width, channels, *patch = shape_of(tensors, "embeddings.patch_embeddings.weight", 4)
     gated = "layer.0.mlp.gate_proj.weight" in tensors
     found = dict(
         depth=count_blocks(tensors, LAYER),
         width=width,
+        channels=channels,
         hidden=shape_of(tensors, "layer.0.mlp.down_proj.weight", 2)[1],
         registers=shape_of(tensors, "embeddings.register_tokens", 3)[1],
         patch=square(*patch),
         positions=False,
+        mask_token=MASK in tensors,
         qkv_bias="layer.0.attention.q_proj.bias" in tensors,
     )
     told, assumed = with_heads(found, hints, ("DINOv3",))
@@ -230,8 +243,9 @@ def transformers_rules(config: ViTConfig, tensors: Tensors) -> list[Rule]:
     if config.mlp != "swiglu":
         mlp = linear(f"{LAYER}.mlp.up_proj", "blocks.mlp.fc1") + linear(f"{LAYER}.mlp.down_proj", "blocks.mlp.fc2")
     return [
-        *patch_conv("embeddings.patch_embeddings", "patch_embed"),
+        *patch_conv("embeddings.patch_embeddings", "patch_embed", channels=config.channels),
         *token_rules(config, tensors, ("embeddings.register_tokens",), "embeddings.cls_token"),
+        *when(config.mask_token, [squeeze(MASK, "mask_token", axes=2)]),
         *norm(f"{LAYER}.norm1", "blocks.norm1"),
         *qkv,
         *linear(f"{attention}.o_proj", "blocks.attn.proj"),
@@ -253,7 +267,6 @@ TRANSFORMERS = Layout(
     ),
     config=transformers_config,
     rules=transformers_rules,
-    ignored={"embeddings.mask_token": MASK},
     rename=lambda name: name.removeprefix("model."),  # transformers 5 in memory
 )
 

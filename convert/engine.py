@@ -101,9 +101,13 @@ def copy(source: str, target: str) -> Rule:
     return Rule((source,), (target,), lambda a: [a], lambda a: [a])
 
 
-def squeeze(source: str, target: str) -> Rule:
-    """Drops the batch axis that PyTorch models keep on their tokens."""
-    return Rule((source,), (target,), lambda a: [a.reshape(a.shape[1:])], lambda a: [a[None]])
+def squeeze(source: str, target: str, axes: int = 1) -> Rule:
+    """Drops the axes of size 1 that PyTorch models keep before those of their tokens."""
+
+    def add(a: np.ndarray) -> list[np.ndarray]:
+        return [a.reshape(*[1] * axes, *a.shape)]
+
+    return Rule((source,), (target,), lambda a: [a.reshape(a.shape[axes:])], add)
 
 
 def matrix(source: str, target: str) -> Rule:

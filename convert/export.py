@@ -1,13 +1,19 @@
-"""The way back: a jaxvit model as a state dict that PyTorch's libraries load, strictly, and run equal.
+"""The way back: a jaxvit model as a state dict, or as a folder, that PyTorch's libraries load in full, and run equal.
 
-Three layouts: "timm", "transformers", and "hub", which is that of a family's authors. The config tells the family. What
-is to be written is first read again, by the table that converts such files, and must give every parameter back to the
-last bit. What a layout has no place for is refused, with the reason.
+Four layouts. "timm" and "hub", which is that of a family's authors, have the names of the modules, whose
+`load_state_dict` takes them strictly. "transformers" has the names of published files, which `save_pretrained` writes
+and `from_pretrained` of every version loads. Modules of transformers 5 have other names in memory: "transformers5"
+writes those, which both `load_state_dict` and `from_pretrained` of that version take.
 
-A state dict does not tell everything, and the model that is to load it must be built as the config says: its heads,
-activation, epsilon and pooling. Positions resample as that library does it: at sizes other than that of the config's
-grid, results are equal only where this is the config's `resampling`. jaxvit keeps [CLS] and registers together with
-their positions; where a layout has these, they are zeros. Token masks of pretraining are zeros too.
+The config tells the family. What is to be written is first read again, by the table that converts such files, and must
+give every parameter back to the last bit. What a layout has no place for is refused, with the reason.
+
+A state dict does not tell everything. The model that is to load it must be built as the config says: its heads,
+activation, epsilon and pooling. In a folder for transformers or timm a config.json says all of this. Positions resample
+as that library does it: at sizes other than that of the config's grid, results are equal only where this is the
+config's `resampling`. jaxvit keeps [CLS] and registers together with their positions; where a layout has these, they
+are zeros. The mask token of pretraining is written as it came, zeros if there is none; timm's models have no place for
+it, and `left_out` says so.
 """
 
 from __future__ import annotations
@@ -23,15 +29,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxvit import CheckpointError, ViT, ViTConfig
-from jaxvit.io.checkpoint import replacing_file
+from jaxvit.io.checkpoint import WEIGHTS, replacing, replacing_file, write_json
 from jaxvit.model.params import Params, abstract, matrix_shape, to_params
 from jaxvit.model.positions import rope_periods
 
-from . import clip, deit, dino, dinov2, dinov3, timm
+from . import clip, configs, deit, dino, dinov2, dinov3, is_jaxvit_folder, timm
 from .engine import ConversionError, Layout, convert_tensors, invert, locate
 from .meta import MEASURED
 
-LAYOUTS = ("timm", "transformers", "hub")
+LAYOUTS = ("timm", "transformers", "transformers5", "hub")
 
 State = dict[str, np.ndarray]
 """Tensor name -> array, in PyTorch's orientation."""
@@ -56,9 +62,11 @@ class Target:
       layout: how its files are converted.
       write: the state dict of parameters that fit `needs` and `biases`.
       needs: what a config must be.
-      biases: those that are always there, or never: zeros are added, or left out.
+      biases: those that are always there, or never: zeros are added, or left out. The mask token is treated so too,
+        but left out whatever it holds: nothing that is computed depends on it.
       why: field -> the reason, where the value alone does not explain a refusal.
       hidden: whether its MLP comes in this size.
+      beside: the files that stand beside the weights in a folder; None where the weights stand alone.
     """
 
     whose: str
@@ -68,6 +76,7 @@ class Target:
     biases: Callable[[ViTConfig], Biases]
     why: Mapping[str, str] = field(default_factory=dict)
     hidden: Callable[[ViTConfig], bool] = lambda c: True
+    beside: configs.Beside | None = None
 
 
 def state_dict(model: ViT, layout: str) -> State:
@@ -79,12 +88,20 @@ def state_dict(model: ViT, layout: str) -> State:
       it has positions for patches alone (`no_embed_class=True`), and otherwise for all tokens; a SwiGLU is
       `SwiGLUPacked`, with RMSNorm `SwiGLU`. Models with rotary positions: `Eva`, as its DINOv3.
     * transformers: DINOv2 with and without registers, with a classifier if the model has one, DINOv3, CLIP's
-      image encoder. The names are those of published files: `from_pretrained` loads them.
+      image encoder. The names are those of published files: `from_pretrained` loads them. `load_state_dict` of
+      transformers 5 does not know most of them.
+    * transformers5: the same models, under the names that modules of transformers 5 have in memory:
+      `load_state_dict(.., strict=True)` takes them.
     * hub: DINOv2, DINOv3, DeiT III, DINO and iBOT as their authors have them; CLIP as OpenAI's `model.visual`.
 
     Raises:
       ConversionError: no such layout, or one that has no place for this model.
     """
+    return _state_dict(model, layout)[0]
+
+
+def _state_dict(model: ViT, layout: str) -> tuple[State, Target, ViTConfig]:
+    """The state dict, and the target and config that it was written for."""
     if layout not in LAYOUTS:
         raise ConversionError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
     params = {name: np.asarray(a).reshape(matrix_shape(name, a.shape)) for name, a in to_params(model).items()}
@@ -98,32 +115,96 @@ def state_dict(model: ViT, layout: str) -> State:
     except ValueError as error:
         raise ConversionError(f"{target.whose} cannot hold this model: {error}") from None
     check(target, config, params, state)
-    return state
+    return state, target, config
 
 
 def export(model: ViT, path: str | os.PathLike[str], layout: str, *, overwrite: bool = False) -> Path:
-    """Writes `state_dict(model, layout)` to a .safetensors file: all of it or nothing.
+    """Writes `state_dict(model, layout)`, and what stands beside it: all of it or nothing.
+
+    Args:
+      path: a name that ends in .safetensors, for a file; or a name without a suffix, for a folder of
+        model.safetensors and the library's config.json. Folders are for timm and transformers:
+
+            timm.create_model("local-dir:FOLDER", pretrained=True)
+            transformers.AutoModel.from_pretrained("FOLDER")
+
+      overwrite: replace a file; or a folder that holds an export and nothing else.
 
     Raises:
-      ConversionError: as `state_dict`; a file of another kind, one that exists, or one that cannot be written.
+      ConversionError: as `state_dict`; a file of another kind, a place that is taken or cannot be written; a folder
+        for a layout without a config.json, or whose config.json cannot describe this model.
+
+    Example:
+
+        export(model, "dinov2-small", "transformers")
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ConversionError(f"{path} must end in .safetensors: no other kind of file is written")
-    if path.is_dir() or (os.path.lexists(path) and not overwrite):
+    if path.suffix not in ("", ".safetensors"):
         raise ConversionError(
-            f"{path} exists: choose another name{'' if path.is_dir() else ', or give --overwrite (overwrite=True)'}"
+            f"{path} must end in .safetensors, for a file, or have no suffix, for a folder: nothing else is written"
         )
-    state = state_dict(model, layout)
+    if path.suffix and path.is_dir():
+        raise ConversionError(f"{path} exists: choose another name")
+    if os.path.lexists(path) and not overwrite:
+        raise ConversionError(f"{path} exists: choose another name, or give --overwrite (overwrite=True)")
+    if not path.suffix and is_jaxvit_folder(path):
+        raise ConversionError(f"{path} is a jaxvit model: choose another folder")
+    state, target, config = _state_dict(model, layout)
     try:
-        with replacing_file(path) as temporary:
-            save_file(state, temporary, metadata={"format": "pt"})  # transformers asks for this
-            temporary.chmod(0o644)  # safetensors makes its files private
+        if path.suffix:
+            with replacing_file(path) as temporary:
+                write(state, temporary)
+        else:
+            files = beside(target, config, model.dtype.name)
+            with replacing(path, EXPORTED) as folder:
+                write(state, folder / WEIGHTS)
+                for name, content in files.items():
+                    write_json(folder / name, content)
     except CheckpointError as error:
         raise ConversionError(str(error)) from error
     except SafetensorError as error:
         raise ConversionError(f"cannot write {path}: {error}") from error
     return path
+
+
+EXPORTED = (WEIGHTS, "config.json", "preprocessor_config.json")
+"""What the folder of an export may hold."""
+
+
+def write(state: State, path: Path) -> None:
+    save_file(state, path, metadata={"format": "pt"})  # transformers asks for this
+    path.chmod(0o644)  # safetensors makes its files private
+
+
+def beside(target: Target, config: ViTConfig, dtype: str) -> Mapping[str, configs.Json]:
+    """The files beside the weights in a folder, by name."""
+    if target.beside is None:
+        raise ConversionError(
+            f"{target.whose} keeps no config.json beside its weights: give the name of a file, .safetensors"
+        )
+    return target.beside(config, dtype)
+
+
+def left_out(model: ViT, layout: str) -> list[str]:
+    """What `state_dict` leaves out because the layout has no place for it, and nothing that is computed depends on it.
+
+    Example:
+
+        left_out(convert.load("facebook/dinov2-giant"), "timm")  # ["mask_token"]
+    """
+    kept = target_of(model.config, layout).biases(model.config).get("mask_token", True)
+    return ["mask_token"] if model.config.mask_token and not kept else []
+
+
+def margins(model: ViT, layout: str) -> str | None:
+    """How the library of a layout rounds half a pixel of the margin around a crop, where the model does it otherwise.
+
+    Example:
+
+        margins(convert.load("facebook/dinov2-giant"), "timm")  # "round"
+    """
+    there = "round" if layout == "timm" else "floor"
+    return there if there != model.config.preprocess.margin else None
 
 
 # What fits ------------------------------------------------------------------------------------------------------------
@@ -152,7 +233,7 @@ def with_biases(target: Target, c: ViTConfig, params: Params) -> tuple[ViTConfig
     """The same function of images, with the biases of the target: zeros more, or zeros fewer."""
     config = replace(c, **target.biases(c))
     expected = to_params(abstract(config))
-    if lost := [name for name in params if name not in expected and params[name].any()]:
+    if lost := [n for n in params if n not in expected and n != "mask_token" and params[n].any()]:
         raise ConversionError(f"{target.whose} cannot hold this model: it has no place for {', '.join(lost)}")
     dtype = params["patch_embed.kernel"].dtype
     shapes = {name: matrix_shape(name, a.shape) for name, a in expected.items()}
@@ -201,14 +282,18 @@ def clip_shapes(c: ViTConfig, cls: str, positions: str) -> Shapes:
     return {cls: (c.width,), positions: (1 + c.grid[0] * c.grid[1], c.width)}
 
 
-def zeros(params: Params, *shape: int) -> np.ndarray:
-    return np.zeros(shape, params["patch_embed.kernel"].dtype)
+def patches_alone(c: ViTConfig) -> bool:
+    """Whether timm's model has positions for patches alone."""
+    return c.pool != "distilled" and (c.registers > 0 or c.final_norm == "none" or is_deit3(c))
+
+
+def timm_files(c: ViTConfig, dtype: str) -> Mapping[str, configs.Json]:
+    return configs.timm_files(c, patches_alone(c))
 
 
 def write_timm(c: ViTConfig, params: Params) -> State:
-    distilled = c.pool == "distilled"
-    patches_alone = not distilled and (c.registers > 0 or c.final_norm == "none" or is_deit3(c))
-    shapes = token_shapes(c, 0 if patches_alone else c.prefix, "dist_token" if distilled else "reg_token")
+    registers = "dist_token" if c.pool == "distilled" else "reg_token"
+    shapes = token_shapes(c, 0 if patches_alone(c) else c.prefix, registers)
     if c.norm == "rms":  # AIMv2
         shapes[timm.SPLIT_GATE] = ()
     return invert(timm.LAYOUT, c, params, shapes)
@@ -218,25 +303,39 @@ def write_timm_dinov3(c: ViTConfig, params: Params) -> State:
     return invert(dinov3.TIMM, c, params, token_shapes(c, 0) | {timm.SPLIT_GATE: ()})
 
 
-def write_transformers_dinov2(c: ViTConfig, params: Params) -> State:
+def write_transformers_dinov2(c: ViTConfig, params: Params, layout: Layout = dinov2.TRANSFORMERS) -> State:
     at = "embeddings"
     shapes = token_shapes(c, 1, f"{at}.register_tokens", f"{at}.cls_token", f"{at}.position_embeddings")
-    state = invert(dinov2.TRANSFORMERS, c, params, shapes) | {f"{at}.mask_token": zeros(params, 1, c.width)}
+    state = invert(layout, c, params, shapes)
     if not c.classes:
         return state
     base = "dinov2_with_registers" if c.registers else "dinov2"
-    return within(f"{base}.", dinov2.TRANSFORMERS, state)
+    return within(f"{base}.", layout, state)
 
 
 def write_transformers_dinov3(c: ViTConfig, params: Params) -> State:
     at = "embeddings"
-    state = invert(dinov3.TRANSFORMERS, c, params, token_shapes(c, 0, f"{at}.register_tokens", f"{at}.cls_token"))
-    return state | {f"{at}.mask_token": zeros(params, 1, 1, c.width)}
+    return invert(dinov3.TRANSFORMERS, c, params, token_shapes(c, 0, f"{at}.register_tokens", f"{at}.cls_token"))
 
 
 def write_transformers_clip(c: ViTConfig, params: Params) -> State:
     shapes = clip_shapes(c, "embeddings.class_embedding", "embeddings.position_embedding.weight")
     return within(clip.TOWER, clip.TRANSFORMERS, invert(clip.TRANSFORMERS, c, params, shapes))
+
+
+def write_transformers5_dinov2(c: ViTConfig, params: Params) -> State:
+    return write_transformers_dinov2(c, params, dinov2.TRANSFORMERS_IN_MEMORY)
+
+
+def write_transformers5_dinov3(c: ViTConfig, params: Params) -> State:
+    state = write_transformers_dinov3(c, params)
+    return {f"model.{name}" if name.startswith("layer.") else name: a for name, a in state.items()}
+
+
+def write_transformers5_clip(c: ViTConfig, params: Params) -> State:
+    """In memory the image encoder alone has no prefix; within the model with a projection it has."""
+    state = write_transformers_clip(c, params)
+    return state if c.projection else {name.removeprefix("vision_model."): a for name, a in state.items()}
 
 
 def within(prefix: str, layout: Layout, state: State) -> State:
@@ -245,13 +344,11 @@ def within(prefix: str, layout: Layout, state: State) -> State:
 
 
 def write_dinov2(c: ViTConfig, params: Params) -> State:
-    state = invert(dinov2.HUB, c, params, token_shapes(c, 1, "register_tokens"))
-    return state | {"mask_token": zeros(params, 1, c.width)}
+    return invert(dinov2.HUB, c, params, token_shapes(c, 1, "register_tokens"))
 
 
 def write_dinov3(c: ViTConfig, params: Params) -> State:
     state = invert(dinov3.HUB, c, params, token_shapes(c, 0, "storage_tokens"))
-    state["mask_token"] = zeros(params, 1, c.width)
     state[dinov3.PERIODS] = rope_periods(c.head_size, c.rope_base, "bfloat16").astype(np.float32)
     if c.width == 4096:  # the 7B has one more norm, which is for the small crops of training alone
         state["local_cls_norm.weight"] = np.ones_like(params["cls"])
@@ -293,24 +390,34 @@ def all_biases(c: ViTConfig) -> Biases:
     return dict(patch_bias=True, qkv_bias=True, proj_bias=True)
 
 
+def masked_biases(c: ViTConfig) -> Biases:
+    return dict(all_biases(c), mask_token=True)
+
+
+def unmasked_biases(c: ViTConfig) -> Biases:
+    return dict(all_biases(c), mask_token=False)
+
+
 def rotary_biases(c: ViTConfig) -> Biases:
-    return dict(patch_bias=True, proj_bias=True)
+    return dict(patch_bias=True, proj_bias=True, mask_token=True)
+
+
+def timm_rotary_biases(c: ViTConfig) -> Biases:
+    return dict(rotary_biases(c), mask_token=False)
 
 
 def clip_biases(c: ViTConfig) -> Biases:
     head: Biases = dict(classes=0, projection=c.projection or c.classes)
-    return head | dict(patch_bias=False, qkv_bias=True, proj_bias=True)
+    return head | dict(patch_bias=False, qkv_bias=True, proj_bias=True, mask_token=False)
 
 
 def timm_biases(c: ViTConfig) -> Biases:
     head: Biases = dict(classes=c.classes or c.projection, projection=0)  # there a projection is a classifier
-    return head | dict(patch_bias=not c.pre_norm)  # which is tied to the norm
+    return head | dict(mask_token=False, patch_bias=not c.pre_norm)  # which is tied to the norm
 
 
 def whole_ratio(c: ViTConfig) -> bool:
-    """transformers' DINOv2 derives this size from a whole multiple of the width."""
-    full = [ratio * c.width for ratio in range(1, 33)]
-    return c.hidden in ([(int(n * 2 / 3) + 7) // 8 * 8 for n in full] if c.mlp == "swiglu" else full)
+    return configs.ratio_of(c) is not None
 
 
 def multiple_of_8(c: ViTConfig) -> bool:
@@ -324,6 +431,7 @@ TIMM = Target(
     write_timm,
     needs=OF_TIMM,
     biases=timm_biases,
+    beside=timm_files,
 )
 TIMM_DISTILLED = replace(
     TIMM,
@@ -335,16 +443,18 @@ TIMM_DINOV3 = Target(
     dinov3.TIMM,
     write_timm_dinov3,
     needs=ROTARY | dict(rope=("float32",), pool=("cls", "mean")),
-    biases=rotary_biases,
+    biases=timm_rotary_biases,
     why=COMPUTED,
+    beside=timm_files,
 )
 TRANSFORMERS_DINOV2 = Target(
     "transformers' DINOv2",
     dinov2.TRANSFORMERS,
     write_transformers_dinov2,
     needs=OF_DINOV2,
-    biases=all_biases,
+    biases=masked_biases,
     hidden=whole_ratio,
+    beside=configs.transformers_dinov2,
 )
 TRANSFORMERS_CLASSIFIER = replace(
     TRANSFORMERS_DINOV2,
@@ -358,6 +468,7 @@ TRANSFORMERS_DINOV3 = Target(
     needs=ROTARY | dict(rope=("float32",), classes=(0,)),
     biases=rotary_biases,
     why=COMPUTED,
+    beside=configs.transformers_dinov3,
 )
 TRANSFORMERS_CLIP = Target(
     "transformers' CLIP",
@@ -365,13 +476,20 @@ TRANSFORMERS_CLIP = Target(
     write_transformers_clip,
     needs=OF_CLIP,
     biases=clip_biases,
+    beside=configs.transformers_clip,
 )
+IN_MEMORY: dict[str, dict[str, Any]] = {
+    dinov2.TRANSFORMERS.name: dict(layout=dinov2.TRANSFORMERS_IN_MEMORY, write=write_transformers5_dinov2),
+    dinov3.TRANSFORMERS.name: dict(write=write_transformers5_dinov3),
+    clip.TRANSFORMERS.name: dict(write=write_transformers5_clip),
+}
+"""What differs under the names of transformers 5."""
 DINOV2 = Target(
     "Meta's DINOv2",
     dinov2.HUB,
     write_dinov2,
     needs=OF_DINOV2 | dict(classes=(0,)),
-    biases=all_biases,
+    biases=masked_biases,
     hidden=multiple_of_8,
 )
 DINOV3 = Target(
@@ -388,7 +506,7 @@ DEIT3 = Target(
     deit.LAYOUT,
     write_deit3,
     needs=OF_DEIT3,
-    biases=all_biases,
+    biases=unmasked_biases,
 )
 DINO = Target(
     "the authors' DINO",
@@ -417,6 +535,9 @@ def target_of(c: ViTConfig, layout: str) -> Target:
     Raises:
       ConversionError: none, or it cannot be told which.
     """
+    if layout == "transformers5":
+        target = transformers_target(c)
+        return replace(target, **IN_MEMORY[target.layout.name])
     return {"timm": timm_target, "transformers": transformers_target, "hub": hub_target}[layout](c)
 
 

@@ -5,6 +5,7 @@ One table and one reading of shapes serve them all; what each library or family 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,12 +19,25 @@ from jaxvit import ViTConfig
 from jaxvit.model.config import CHOICES, KINDS
 
 from .catalogue import known
-from .engine import ConversionError, Decided, Rule, Tensors, copy, linear, norm, patch_conv, split_linear, tensor_shape
+from .engine import (
+    ConversionError,
+    Decided,
+    Rule,
+    Tensors,
+    copy,
+    linear,
+    norm,
+    patch_conv,
+    split_linear,
+    squeeze,
+    tensor_shape,
+)
 from .preparation import given
 from .published import heads
 
-MEASURED = {"depth", "width", "hidden", "cls", "registers", "patch", "grid", "positions", "layer_scale", "norm"} | {
-    "patch_bias", "qkv_bias", "proj_bias", "patch_norm", "pre_norm", "qk_norm", "branch_norms", "classes"
+MEASURED = {"depth", "width", "hidden", "cls", "registers", "patch", "channels", "grid", "positions", "layer_scale"} | {
+    "norm", "patch_bias", "qkv_bias", "proj_bias", "patch_norm", "pre_norm", "qk_norm", "branch_norms", "classes",
+    "mask_token",
 }  # fmt: skip
 """Fields of a config that shapes tell; where a file beside them tells them too, both must agree."""
 
@@ -41,12 +55,14 @@ class Names:
       scales: LayerScale's two vectors.
       gates: the layers of a SwiGLU: one that holds gate and value, in this order, or two.
       out: its last layer.
+      mask: the token that stands in for hidden patches, [1, D]; empty if the library has none.
     """
 
     registers: tuple[str, ...] = ("reg_token", "dist_token")
     scales: tuple[str, str] = ("ls1.gamma", "ls2.gamma")
     gates: tuple[str, ...] = ("fc1",)
     out: str = "fc2"
+    mask: str = ""
 
 
 BLOCK = "blocks.{i}"
@@ -56,9 +72,10 @@ def table(config: ViTConfig, tensors: Tensors, names: Names) -> list[Rule]:
     """The rules for a model of `config`. Of the tensors only names and shapes matter."""
     c = config
     return [
-        *patch_conv("patch_embed.proj", "patch_embed", c.patch_bias),
+        *patch_conv("patch_embed.proj", "patch_embed", c.patch_bias, c.channels),
         *when(c.patch_norm, norm("patch_embed.norm", "patch_norm", c.norm)),
         *token_rules(c, tensors, names.registers),
+        *when(c.mask_token, [squeeze(names.mask, "mask_token")]),
         *when(c.pre_norm, norm("norm_pre", "pre_norm", c.norm)),
         *norm(f"{BLOCK}.norm1", "blocks.norm1", c.norm),
         *linear(f"{BLOCK}.attn.qkv", "blocks.attn.qkv", c.qkv_bias),  # rows: all queries, keys, values; each by head
@@ -179,7 +196,7 @@ def read_config(
       before: how many of the tokens before the patches have positions; by default all, [CLS] alone, or none.
       family: fields that are the same in the whole family and that shapes do not tell: resampling, eps ..
     """
-    width, _, patch, patch_x = shape_of(tensors, "patch_embed.proj.weight", 4)
+    width, channels, patch, patch_x = shape_of(tensors, "patch_embed.proj.weight", 4)
     fc1, fc2 = (f"blocks.0.mlp.{name}.weight" for name in (names.gates[0], names.out))
     gated = fc1 in tensors and fc2 in tensors
     gated = gated and (len(names.gates) == 2 or shape_of(tensors, fc1, 2)[0] == 2 * shape_of(tensors, fc2, 2)[1])
@@ -192,11 +209,13 @@ def read_config(
     found: dict[str, Any] = dict(
         depth=count_blocks(tensors, BLOCK),
         width=width,
+        channels=channels,
         hidden=shape_of(tensors, fc2 if gated else plain, 2)[1],
         cls=cls,
         registers=registers,
         patch=square(patch, patch_x),
         positions="pos_embed" in tensors,
+        mask_token=names.mask in tensors,
         patch_bias="patch_embed.proj.bias" in tensors,
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
         proj_bias="blocks.0.attn.proj.bias" in tensors,
@@ -283,18 +302,31 @@ def decide(
         for name, value in found.items()
         if name in hints and hints[name] != value and name in MEASURED
     ]
+    if differ and "architecture" in hints:
+        raise ConversionError(f"this is not {hints['architecture']}: {another_architecture(differ, found, hints)}")
     if differ:
         raise ConversionError(f"the checkpoint's tensors and its config disagree: {'; '.join(differ)}")
     config = ViTConfig(**{**told, **{name: value for name, value in hints.items() if name in names}, **found})
     c = config
     matrices = c.depth * (4 * c.width + 3 * c.hidden)
-    vectors = c.grid[0] * c.grid[1] * c.positions + c.registers + c.classes + 3 * c.patch**2
+    vectors = c.grid[0] * c.grid[1] * c.positions + c.registers + c.classes + c.channels * c.patch**2
     if c.width * (matrices + vectors) > LARGEST:  # sizes of two tensors, each small, may multiply to anything
         sizes = ", ".join(f"{name} {getattr(c, name)}" for name in ("depth", "width", "hidden", "registers", "grid"))
         raise ConversionError(
             f"the checkpoint's sizes ({sizes}) would make a model of more than {LARGEST:,} parameters"
         )
     return Decided(config).assuming(assumed or {}, hints)
+
+
+def another_architecture(differ: Sequence[str], found: Mapping[str, Any], hints: Mapping[str, Any]) -> str:
+    """In which sizes tensors differ from the architecture that was named, and what to say."""
+    names = [name for name in found if name in hints and hints[name] != found[name] and name in MEASURED]
+    told = " ".join(f"--set {name}={json.dumps(found[name])}" for name in names)
+    return (
+        f"the tensors have {'; '.join(differ)}. Name the right one; or, if this is the same with other sizes, say so "
+        f"({told}, config={ {name: found[name] for name in names} }), and --set heads=.. unless they are still "
+        f"{hints.get('heads')}"
+    )
 
 
 LARGEST = 2**36

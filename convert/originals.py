@@ -14,7 +14,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple, Unpack
@@ -86,8 +86,16 @@ class Original:
     checksums: Mapping[str, str] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
 
+    @property
+    def only(self) -> tuple[int, int] | None:
+        """Height and width of the only images that the module takes: timm's without `dynamic_img_size`; else None."""
+        if getattr(self.module, "dynamic_img_size", True):
+            return None
+        height, width = self.module.patch_embed.img_size
+        return height, width
+
     def run(self, images: np.ndarray, dtype: torch.dtype) -> Iterator[Values]:
-        """What the library computes for images [B, H, W, 3]: the values of each layer, and then those after the last:
+        """What the library computes for images [B, H, W, C]: the values of each layer, and then those after the last:
         `final`, all tokens after the final norm, `pooled`, and `head`: logits or a projection, if there are any.
         """
         library, places = library_of(self.module), Places.of(self.module, self.config)
@@ -98,13 +106,13 @@ class Original:
         ends = copy.deepcopy(self.module, {id(blocks): type(blocks)(*([catch] if library.unpacked else [[catch]]))})
         if places.positioned:
             fold(ends, places.positioned, math.prod(self.config.grid))
-        ends = ends.to(dtype).eval()
+        ends = ends.to("cpu", dtype).eval()
         pixels = torch.tensor(images, dtype=dtype).permute(0, 3, 1, 2).contiguous()
         with torch.inference_mode(), precise_positions(ends, dtype, self.resampling):
             library.forward(ends, pixels)
         x, more, arguments = catch.take()
         for block in blocks:
-            block = copy.deepcopy(block).to(dtype).eval()
+            block = eager(copy.deepcopy(block)).to("cpu", dtype).eval()
             hooks = Hooks()
             library.watch(block, hooks, arguments)
             with torch.inference_mode(), replaced(torch.nn.functional, "softmax", wide_softmax):
@@ -114,6 +122,14 @@ class Original:
             yield values.pop()  # held by nobody but who asked for it
         with torch.inference_mode():
             yield {name: value.numpy() for name, value in library.finish(ends, x).items()}
+
+
+def eager(block: Module) -> Module:
+    """The block, a copy, with attention that returns its weights: a live model of transformers may have another."""
+    for part in block.modules():
+        if hasattr(part, "config"):
+            part.config._attn_implementation = "eager"
+    return block
 
 
 class Catch(torch.nn.Module):
@@ -246,6 +262,7 @@ def build_timm(config: ViTConfig, positioned: bool, gates: int = 1) -> Module:
     module = (VisionTransformerDistilled if distilled else VisionTransformer)(
         img_size=(c.grid[0] * c.patch, c.grid[1] * c.patch),
         patch_size=c.patch,
+        in_chans=c.channels,
         embed_dim=c.width,
         depth=c.depth,
         num_heads=c.heads,
@@ -290,6 +307,7 @@ def build_transformers(config: ViTConfig) -> Module:
         mlp_ratio=4 if config.mlp == "swiglu" else config.hidden // config.width,
         image_size=config.grid[0] * config.patch,
         patch_size=config.patch,
+        num_channels=config.channels,
         use_swiglu_ffn=config.mlp == "swiglu",
         layer_norm_eps=config.eps,
         attn_implementation="eager",
@@ -315,6 +333,7 @@ def build_dinov3(config: ViTConfig) -> Module:
             num_hidden_layers=config.depth,
             num_attention_heads=config.heads,
             patch_size=config.patch,
+            num_channels=config.channels,
             image_size=config.grid[0] * config.patch,
             num_register_tokens=config.registers,
             use_gated_mlp=config.mlp == "swiglu",
@@ -332,6 +351,7 @@ def build_dinov3_timm(config: ViTConfig, gates: int = 1) -> Module:
     return Eva(
         img_size=config.grid[0] * config.patch,
         patch_size=config.patch,
+        in_chans=config.channels,
         embed_dim=config.width,
         depth=config.depth,
         num_heads=config.heads,
@@ -371,6 +391,7 @@ def build_clip(config: ViTConfig) -> Module:
             num_hidden_layers=config.depth,
             num_attention_heads=config.heads,
             patch_size=config.patch,
+            num_channels=config.channels,
             image_size=config.grid[0] * config.patch,
             hidden_act=TRANSFORMERS_ACTIVATIONS[config.mlp],
             layer_norm_eps=config.eps,
@@ -395,6 +416,12 @@ def as_they_are(state: dict[str, torch.Tensor], module: Module) -> dict[str, tor
 
 def from_openai(state: dict[str, torch.Tensor], module: Module) -> dict[str, torch.Tensor]:
     return checkpoint_filter_fn({f"{clip.VISUAL}{name}": tensor for name, tensor in state.items()}, module)
+
+
+def from_meta(state: dict[str, torch.Tensor], module: Module) -> dict[str, torch.Tensor]:
+    """timm's models have no place for a mask token. Its loader knows DINOv2 by its own, and drops that one alone."""
+    own = checkpoint_filter_fn(state, module, adapt_layer_scale=True)
+    return {name: tensor for name, tensor in own.items() if name != dino.NAMES.mask}
 
 
 def _timm(
@@ -426,9 +453,15 @@ def _from_pretrained(module: Module, state: State) -> Module:
     return loaded
 
 
-def with_unused(layout: Layout, state: State, module: Module) -> State:
-    """With zeros for what the library's model holds and conversion ignores: tokens in place of hidden patches."""
-    unused = [f"*{pattern}" for pattern in layout.ignored]
+def mask_of(layout: Layout, tensors: Tensors, config: ViTConfig) -> list[str]:
+    """The name of the mask token, whether a checkpoint has one or not."""
+    rules = layout.rules(replace(config, mask_token=True), tensors)
+    return [rule.sources[0] for rule in rules if rule.targets == ("mask_token",)]
+
+
+def with_unused(layout: Layout, tensors: Tensors, state: State, config: ViTConfig, module: Module) -> State:
+    """With zeros for what the library's model holds and a checkpoint may lack, as features do not depend on it."""
+    unused = [f"*{pattern}" for pattern in (*layout.ignored, *mask_of(layout, tensors, config))]
     places = {name: tensor.shape for name, tensor in module.state_dict().items() if matches(name, unused)}
     return {**{name: np.zeros(shape, np.float32) for name, shape in places.items()}, **state}
 
@@ -437,7 +470,7 @@ def _dinov2(layout: Layout, tensors: Tensors, state: State, config: ViTConfig) -
     module = _meta(lambda: build_transformers(config))
     if config.classes:
         state = within(f"{module.base_model_prefix}.", layout, state)
-    state = with_unused(layout, state, module)
+    state = with_unused(layout, tensors, state, config, module)
     if layout is not dinov2.TRANSFORMERS_IN_MEMORY:
         return _from_pretrained(module, state)
     module.load_state_dict(_tensors(state), strict=True, assign=True)
@@ -446,7 +479,7 @@ def _dinov2(layout: Layout, tensors: Tensors, state: State, config: ViTConfig) -
 
 def _dinov3(layout: Layout, tensors: Tensors, state: State, config: ViTConfig) -> Module:
     module = _meta(lambda: build_dinov3(config))
-    return _from_pretrained(module, with_unused(layout, state, module))
+    return _from_pretrained(module, with_unused(layout, tensors, state, config, module))
 
 
 def _dinov3_timm(layout: Layout, tensors: Tensors, state: State, config: ViTConfig) -> Module:
@@ -482,7 +515,7 @@ class Builder(NamedTuple):
     own: bool = True
 
 
-translated = partial(_timm, translate=partial(checkpoint_filter_fn, adapt_layer_scale=True))
+translated = partial(_timm, translate=from_meta)
 BUILDERS = {
     plain.LAYOUT.name: Builder(_timm),
     dinov2.HUB.name: Builder(translated, own=False),

@@ -7,7 +7,8 @@ config asks for and `Preprocess` cannot express is refused by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxvit import Preprocess, ViTConfig
@@ -168,6 +169,82 @@ def sides(size: Any, name: str) -> tuple[int, int]:
 def numbers(values: float | Sequence[float]) -> tuple[float, ...]:
     """One for each channel; one alone stands for three."""
     return (float(values),) * 3 if isinstance(values, int | float) else tuple(map(float, values))
+
+
+# Written for the libraries --------------------------------------------------------------------------------------------
+
+
+def to_timm(prepared: Preprocess) -> dict[str, Any]:
+    """The entries of a pretrained_cfg that ask timm for this preparation, but for the margin, which it rounds.
+
+    Raises:
+      ConversionError: timm cannot be asked for it.
+    """
+    (height, width), (rows, columns) = prepared.size, prepared.resized
+    # The crop as a part of the short side, so that timm, which rounds down, finds the short side again.
+    ratio = next((r for r in ratios(height, rows) if math.floor(width / r) == columns), height / rows)
+    modes = {fit: mode for mode, fit in FITS.items()}
+    cfg = {
+        "input_size": [len(prepared.mean), height, width],
+        "crop_pct": ratio,
+        "crop_mode": modes.get(prepared.fit),
+        "interpolation": prepared.interpolation,
+        "mean": list(prepared.mean),
+        "std": list(prepared.std),
+    }
+    return expressed(prepared, cfg, of_timm, "a pretrained_cfg of timm")
+
+
+def ratios(crop: int, resize: int) -> list[float]:
+    """Floats by which `crop` divided and rounded down is `resize`, the nearest first."""
+    exact = crop / resize
+    near = (exact, math.nextafter(exact, 0), math.nextafter(exact, math.inf))
+    return [ratio for ratio in near if math.floor(crop / ratio) == resize]
+
+
+def to_transformers(prepared: Preprocess, kind: str) -> dict[str, Any]:
+    """The preprocessor_config.json that asks transformers for this preparation, but for the margin, which it floors.
+
+    Args:
+      kind: the family's image processor, such as "Bit" or "CLIP".
+
+    Raises:
+      ConversionError: transformers cannot be asked for it.
+    """
+    crop, size = (dict(zip(("height", "width"), each, strict=True)) for each in (prepared.size, prepared.resized))
+    square = prepared.resized[0] == prepared.resized[1]
+    crops = prepared.whole and (prepared.fit != "stretch" or crop != size)
+    processor = dict(
+        image_processor_type=f"{kind if prepared.whole else 'DINOv3ViT'}ImageProcessor",
+        do_convert_rgb=True,
+        do_resize=prepared.fit != "none",
+        size={"shortest_edge": prepared.resized[0]} if prepared.fit == "cover" and square else size,
+        resample=FILTERS.index(prepared.interpolation),
+        do_center_crop=crops,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(prepared.mean),
+        image_std=list(prepared.std),
+        **({"crop_size": crop} if crops else {}),
+    )
+    return expressed(prepared, processor, of_transformers, "a preprocessor_config.json of transformers")
+
+
+def expressed(
+    prepared: Preprocess, written: dict[str, Any], read: Callable[[Mapping[str, Any]], Preprocess], what: str
+) -> dict[str, Any]:
+    """What is written, if it reads back as the same preparation; only the rounding of margins is the library's."""
+    try:
+        back = read(written)
+    except ConversionError:
+        back = None
+    if back is None or replace(back, margin=prepared.margin) != prepared:
+        raise ConversionError(
+            f"{what} cannot ask for how images are prepared ({prepared.in_words()}): export a single file, which ends "
+            "in .safetensors, and prepare images yourself"
+        )
+    return written
 
 
 # Given by the user ----------------------------------------------------------------------------------------------------

@@ -125,10 +125,12 @@ FACTS = ("heads", "mlp", "eps", "final_norm", "pool", "pool_prefix")
 
 DINOV3 = re.compile(r"vit_(tiny|small|small_plus|base|large|huge_plus|7b)_patch16_dinov3(_qkvb)?")
 """timm's names of `convert.dinov3`'s models, whose class is another one."""
+SIZES = ("depth", "width", "cls")
+"""Fields of a config that an architecture decides too; tensors must agree."""
 
 
 def architecture_hints(name: str) -> dict[str, Any]:
-    """What is known of a timm architecture; "vit_base_patch16_224.augreg_in1k" is one with a tag.
+    """What is known of a timm architecture, its sizes among it; "vit_base_patch16_224.augreg_in1k" is one with a tag.
 
     Raises:
       ConversionError: none of timm's plain Vision Transformers.
@@ -141,7 +143,7 @@ def architecture_hints(name: str) -> dict[str, Any]:
         raise ConversionError(f"{name} is none of timm's plain Vision Transformers; docs/architectures.md lists them")
     if "refused" in known:
         raise ConversionError(f"{name} cannot be converted: {known['refused']}")
-    facts = {field: known[field] for field in FACTS}
+    facts = {field: known[field] for field in FACTS} | dict(zip(SIZES, known["shape"], strict=True))
     return {"library": "timm", "architecture": name, **facts, **tag_hints(base, tag, known["prepared"])}
 
 
@@ -192,6 +194,8 @@ def folder_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         hints["told"] = (*hints.get("told", ()), "pool")
     if arguments.get("pool_include_prefix") and hints["pool"] == "mean":
         raise ConversionError("the config.json asks for an average that includes the tokens before the patches")
+    if arguments.get("pos_embed") == "none":
+        hints["positions"] = False
     if size := arguments.get("img_size") or pretrained.get("input_size"):
         hints["image"] = pixels(size)
     if "pool_prefix" in hints:
@@ -219,6 +223,7 @@ SHOWN = (
     "mlp_ratio",
     "no_embed_class",
     "pos_embed",
+    "embed_norm_layer",
 )
 SHOWN += ("scale_attn_norm", "scale_mlp_norm", "fc_norm")
 IDLE = (
@@ -251,7 +256,7 @@ def argument_hints(arguments: Mapping[str, Any], of: Mapping[str, Any]) -> dict[
     """
     rotary = bool(DINOV3.fullmatch(of["architecture"].split(".")[0]))
     known = OF_DINOV3 if rotary else FIELDS
-    shown = (*SHOWN, *FIELDS, "num_reg_tokens") if rotary else SHOWN
+    shown = (*SHOWN, *FIELDS, "num_reg_tokens", "swiglu_mlp", "swiglu_align_to") if rotary else SHOWN
     hints: dict[str, Any] = {}
     unknown: dict[str, Any] = {}
     for name, value in arguments.items():

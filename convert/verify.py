@@ -101,7 +101,7 @@ def worst(errors: Mapping[str, Sequence[float]], sites: Iterable[str]) -> float:
 
 
 def compare(model: ViT, original: Original, images: np.ndarray, defaults: bool = True) -> Comparison:
-    """Runs both sides on images [B, H, W, 3], in both precisions; `defaults` is whether to measure that as well."""
+    """Runs both sides on images [B, H, W, C], in both precisions; `defaults` is whether to measure that as well."""
     return compare_all(model, [original], images, defaults)[0]
 
 
@@ -246,25 +246,76 @@ def default_sizes(model: ViT) -> list[Size]:
     return [Size(rows * p, columns * p), smaller, Size((rows // 3 + 1) * p, (columns // 2 + 1) * p)]
 
 
+def sizes_for(model: ViT, original: Original) -> list[Size]:
+    """`default_sizes`, or the one size that the original takes."""
+    return default_sizes(model) if original.only is None else [Size(*original.only)]
+
+
 def verify(
-    model: ViT, original: Original, sizes: Sequence[Size] | None = None, seed: int = 0, progress: bool = False
+    model: ViT,
+    source: Any,
+    sizes: Sequence[Size] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    **known: Unpack[Reading],
 ) -> dict[str, Comparison]:
-    """Compares on random images: size -> comparison."""
+    """Compares a model with its original on random images.
+
+    Args:
+      source: the original, as anything `convert.load` takes but a jaxvit folder: a live module of timm or transformers
+        with its weights, a state dict, a file, a folder, a hub id; or an `Original`.
+      sizes: of the images; by default the model's own, a smaller one, and one that is not square, or the only one that
+        a live module takes.
+      known: what the source does not tell, see `convert.Reading`.
+
+    Returns:
+      Size in words, such as "224x224" -> comparison, each with `passed`.
+
+    Raises:
+      ConversionError: the source cannot be read, is another model, or takes no images of these sizes.
+
+    Example:
+
+        module = timm.create_model("vit_small_patch16_224", pretrained=True)
+        model = convert.load(module)
+        comparisons = verify(model, module)
+        assert all(comparison.passed for comparison in comparisons.values())
+        print(table(comparisons))
+    """
+    original = source if isinstance(source, Original) else original_of(source, model.config.resampling, **known)
+    if differ := differing_sizes(model.config, original.config):
+        raise ConversionError(f"the model and the original are different models: {differ}")
+    sizes = sizes or sizes_for(model, original)
+    check_sizes(model, original, sizes)
     comparisons = {}
-    for size in sizes or default_sizes(model):
+    for size in sizes:
         if progress:
             print(f"comparing at {size} with {original.name} ..", file=sys.stderr)
         comparisons[str(size)] = compare(model, original, random_images(model, size, seed))
     return comparisons
 
 
+def check_sizes(model: ViT, original: Original, sizes: Iterable[Size]) -> None:
+    """Raises a ConversionError unless both sides take images of these sizes."""
+    for size in sizes:
+        try:
+            model.config.layout(*size)
+        except ValueError as error:
+            raise ConversionError(str(error)) from None
+        if original.only is not None and original.only != (size[0], size[1]):
+            raise ConversionError(
+                f"this {original.name} takes images of {Size(*original.only)} alone, not {Size(*size)}: leave out the "
+                f"sizes, or build it with dynamic_img_size=True"
+            )
+
+
 def random_images(model: ViT, size: Size, seed: int = 0, tokens: int = 500) -> np.ndarray:
-    """Noise [B, H, W, 3], as many images as together have at least so many tokens.
+    """Noise [B, H, W, C], as many images as together have at least so many tokens.
 
     Errors are maxima, and the quotient of two maxima over few numbers is a matter of luck.
     """
     batch = -(-tokens // model.config.layout(*size).tokens)
-    return np.random.default_rng(seed).normal(size=(batch, *size, 3))
+    return np.random.default_rng(seed).normal(size=(batch, *size, model.config.channels))
 
 
 def certificate(
@@ -320,12 +371,17 @@ def table(comparisons: Mapping[str, Comparison]) -> str:
 
 
 def differing_sizes(ours: ViTConfig, theirs: ViTConfig) -> str:
-    names = [field.name for field in fields(ViTConfig)]
+    names = [field.name for field in fields(ViTConfig) if field.name not in NOT_COMPARED]
     return ", ".join(
         f"{name} {getattr(ours, name)} and {getattr(theirs, name)}"
         for name in names
-        if name not in ("resampling", "preprocess") and getattr(ours, name) != getattr(theirs, name)
+        if getattr(ours, name) != getattr(theirs, name)
     )
+
+
+NOT_COMPARED = ("resampling", "preprocess", "mask_token")
+"""Fields of a config in which a model may differ from its original: the rule is forced on that, the others change no
+number that is compared."""
 
 
 def shared_assumptions(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
@@ -347,19 +403,15 @@ def verify_folder(
 ) -> dict[str, Comparison]:
     """Compares a converted folder with its original and writes parity.json into it.
 
+    Args:
+      source, sizes, known: as for `verify`. The source may be a live module.
+
     Raises:
       ConversionError, jaxvit.CheckpointError: either side cannot be read, or the folder not be written.
     """
     folder = Path(folder)
     model = jaxvit.load(folder)
-    try:
-        for size in sizes or ():
-            model.config.layout(*size)
-    except ValueError as error:
-        raise ConversionError(str(error)) from None
     original = original_of(source, model.config.resampling, **known)
-    if differ := differing_sizes(model.config, original.config):
-        raise ConversionError(f"{folder} and the original are different models: {differ}")
     comparisons = verify(model, original, sizes, progress=progress)
     assumed = shared_assumptions(jaxvit.describe(folder).assumptions, original.assumed)
     report = certificate(comparisons, model.config, original, {WEIGHTS: sha256(folder / WEIGHTS)}, assumed)

@@ -88,6 +88,8 @@ def expected(config: ViTConfig, n: Mapping[str, np.ndarray]) -> State:
     }
     if config.registers:
         params["registers"] = n["registers"][0]
+    if config.mask_token:
+        params["mask_token"] = n["mask"][0]
     for source, target in [("proj", "attn.proj"), *((name, f"mlp.{name}") for name in LINEARS[config.mlp])]:
         params[f"blocks.{target}.kernel"] = stack(f"{source}.weight")
         params[f"blocks.{target}.bias"] = stack(f"{source}.bias")

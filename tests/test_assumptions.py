@@ -136,6 +136,32 @@ def test_dino_s_rule_of_positions_is_an_assumption_where_others_have_its_names()
     assert not {"resampling", "preprocess", "heads"} & set(told)
 
 
+def test_an_architecture_of_other_sizes_is_refused(tmp_path):
+    """Its heads, epsilon and pooling would be taken for granted. Those who know better say so."""
+    state = state_of(width=128, heads=2, depth=2, classes=3)
+    name = "vit_base_patch16_224"
+    asks(
+        state,
+        f"this is not {name}: the tensors have depth 2, not 12; width 128, not 768",
+        "--set depth=2 --set width=128, config={'depth': 2, 'width': 128}",
+        "--set heads=.. unless they are still 12",
+        architecture=name,
+    )
+    told = {"depth": 2, "width": 128, "heads": 2}
+    assert convert.load(state, architecture=name, config=told).config.heads == 2
+    asks(state_of(depth=11, classes=3), "depth 11, not 12", architecture="vit_small_patch16_224")
+    none = module_of(width=128, heads=2, depth=1, cls=False, pool="mean").state_dict()
+    asks(none, "cls False, not True", "--set cls=false", architecture=name, config={"depth": 1, "width": 128})
+    # A folder's arguments are part of what it declares.
+    write_safetensors(tmp_path / "model.safetensors", {n: np.asarray(t) for n, t in state.items()})
+    content = {"architecture": name, "num_classes": 3, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    asks(tmp_path, f"this is not {name}", "depth 2, not 12")
+    content["model_args"] = {"depth": 2, "embed_dim": 128}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert convert.load(tmp_path, config={"heads": 2}).config.depth == 2
+
+
 def test_one_field_does_not_answer_for_another():
     """The number of heads of a CLIP in timm's names does not tell its activation."""
     state = state_of(pre_norm=True, patch_bias=False, width=64, heads=1, depth=1)
@@ -306,6 +332,7 @@ OBLONG = dict(depth=1, width=64, heads=1, grid=(2, 8))
 def oblong_folder(folder, module, **content):
     write_safetensors(folder / "model.safetensors", {n: t.numpy() for n, t in module.state_dict().items()})
     about = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}} | content
+    about["model_args"] = {"depth": 1, "embed_dim": module.embed_dim} | about.get("model_args", {})
     (folder / "config.json").write_text(json.dumps(about))
     return folder
 

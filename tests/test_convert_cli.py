@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,16 +13,17 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("timm")
-pytest.importorskip("transformers")
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers")
 
 from layouts import expected, hub_state, numbers, timm_state, tiny, transformers_state, write_safetensors, write_shards
 
 import convert
 import jaxvit
+from benchmarks.originals import randomise
 from convert.__main__ import main
-from convert.verify import Size
-from jaxvit.model.params import to_params
+from convert.verify import Size, verify, verify_folder
+from jaxvit.model.params import from_params, to_params
 
 ROOT = Path(__file__).parents[1]
 CONFIG = tiny(registers=4, depth=1)
@@ -315,6 +317,55 @@ def test_verify(tmp_path, source, dest, succeeds, capsys):
     out, err = capsys.readouterr()
     assert "NOT EQUAL within the limits" in out and "Traceback" not in err
     assert json.loads((dest / "parity.json").read_text())["passed"] is False
+
+
+LIVE = {
+    "timm of one size": lambda: timm.create_model("vit_tiny_patch16_224", img_size=48, depth=1, num_classes=3),
+    "timm": lambda: timm.create_model(
+        "vit_tiny_patch16_224", img_size=48, depth=1, num_classes=3, dynamic_img_size=True
+    ),
+    "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**HUGGING)),
+    "dinov3": lambda: transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(**HUGGING, intermediate_size=64, num_register_tokens=2)
+    ),
+    "clip": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**HUGGING, intermediate_size=64)),
+}
+HUGGING = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16)
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_a_live_module_is_an_original(name, dest):
+    """As it was built: with the attention that its library chose, and images of the sizes that it takes."""
+    module = randomise(LIVE[name]())
+    comparisons = verify(convert.load(module), module)
+    fixed = name == "timm of one size"
+    assert [*comparisons][:1] == ["48x48" if fixed or name == "timm" else "224x224" if name == "dinov3" else "64x64"]
+    assert len(comparisons) == (1 if fixed else 3)
+    # In models so small, the quotient of two float32 errors is a matter of luck.
+    assert all(comparison.worst64() <= 1e-10 for comparison in comparisons.values())
+    if fixed:
+        convert.convert(module, dest)
+        verify_folder(dest, module)
+        assert jaxvit.describe(dest).parity["sizes"].keys() == {"48x48"}
+        with pytest.raises(
+            convert.ConversionError, match=r"takes images of 48x48 alone, not 32x48: .*dynamic_img_size"
+        ):
+            verify_folder(dest, module, [Size(32, 48)])
+
+
+def test_verify_takes_what_load_takes(source):
+    model = convert.load(source)
+    assert verify(model, source, [Size(28, 28)])["28x28"].worst64() <= 1e-10
+    with pytest.raises(convert.ConversionError, match="different models: depth 1 and 2"):
+        verify(model, hub_state(tiny(registers=4), numbers(tiny(registers=4))))
+
+
+def test_verify_a_folder_without_the_mask_token(tmp_path, source, dest, succeeds):
+    """Releases that did not keep it wrote such folders; nothing that is compared depends on it."""
+    model = convert.load(source)
+    params = {name: array for name, array in to_params(model).items() if name != "mask_token"}
+    jaxvit.save(from_params(replace(model.config, mask_token=False), params), dest)
+    assert "equal within the limits" in succeeds("verify", dest, source, "--sizes", "28x28")
 
 
 def test_verify_what_cannot_be_compared(tmp_path, source, dest, succeeds, fails, usage):

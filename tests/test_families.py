@@ -5,6 +5,7 @@ tables is used. Sizes are tiny, so that all kinds of models can be compared at e
 """
 
 import json
+import re
 from dataclasses import replace
 
 import jax
@@ -24,6 +25,7 @@ import jaxvit
 from benchmarks.originals import randomise
 from convert import ConversionError, clip, dinov3
 from convert.catalogue import known
+from convert.export import state_dict
 from convert.originals import (
     build_clip,
     build_dinov3,
@@ -134,7 +136,7 @@ def dinov3_hub(config=DINOV3):
     return tensors(renamed(state, *pairs)) | more
 
 
-OWN_DINOV3 = replace(DINOV3, registers=0, eps=1e-6)
+OWN_DINOV3 = replace(DINOV3, registers=0, eps=1e-6, mask_token=True)
 
 
 def dinov3_trained(config=OWN_DINOV3):
@@ -163,19 +165,36 @@ OFFICIAL = {
     "ibot": (
         ibot,
         {},
-        ViTConfig(**TINY, final_norm="pooled", pool="mean", resampling="bicubic_offset"),
+        ViTConfig(**TINY, final_norm="pooled", pool="mean", resampling="bicubic_offset", mask_token=True),
     ),
     "clip/openai": (openai, {}, replace(CLIP, resampling="bicubic")),
     "clip/transformers": (clip_transformers, {"config": {"mlp": "quick_gelu"}}, replace(CLIP, resampling="bicubic")),
-    "dinov3/hub": (dinov3_hub, {}, replace(DINOV3, rope="bfloat16", grid=(14, 14))),
-    "dinov3/hub gated": (lambda: dinov3_hub(GATED), {}, replace(GATED, rope="bfloat16", grid=(14, 14))),
+    "dinov3/hub": (dinov3_hub, {}, replace(DINOV3, rope="bfloat16", grid=(14, 14), mask_token=True)),
+    "dinov3/hub gated": (
+        lambda: dinov3_hub(GATED),
+        {},
+        replace(GATED, rope="bfloat16", grid=(14, 14), mask_token=True),
+    ),
     "dinov3/hub trained": (dinov3_trained, {}, replace(OWN_DINOV3, grid=(14, 14))),
-    "dinov3/transformers": (dinov3_transformers, {}, replace(DINOV3, grid=(14, 14))),
-    "dinov3/transformers gated": (lambda: dinov3_transformers(GATED), {}, replace(GATED, grid=(14, 14))),
+    "dinov3/transformers": (dinov3_transformers, {}, replace(DINOV3, grid=(14, 14), mask_token=True)),
+    "dinov3/transformers gated": (
+        lambda: dinov3_transformers(GATED),
+        {},
+        replace(GATED, grid=(14, 14), mask_token=True),
+    ),
 }
 """Layout -> a file in it, what has to be said beside it, and the config it must be read as."""
 
+CHANNELS = {
+    "timm, 1 channel": lambda: timm_model(in_chans=1),
+    "timm, 4 channels": lambda: timm_model(in_chans=4, reg_tokens=2),
+    "dinov2, 1 channel": lambda: build_transformers(ViTConfig(**TINY, channels=1)),
+    "dinov3/timm, 4 channels": lambda: build_dinov3_timm(replace(DINOV3, channels=4)),
+    "dinov3, 2 channels": lambda: build_dinov3(replace(DINOV3, channels=2)),
+    "clip, 4 channels": lambda: build_clip(replace(CLIP, channels=4, mlp="gelu")),
+}
 MODULES = {
+    **CHANNELS,
     "dinov3/timm": lambda: build_dinov3_timm(replace(DINOV3, pool="mean")),
     "dinov3/timm gated": lambda: build_dinov3_timm(GATED, gates=2),
     "clip/transformers module": lambda: build_clip(replace(CLIP, mlp="gelu")),
@@ -215,6 +234,20 @@ def test_official_files(name):
     model = convert.load(file, **known)
     assert replace(model.config, preprocess=config.preprocess) == config
     assert_equal(model, original_of(file, **known))
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_channels(name):
+    """Read off the tensors; images of others are refused; a state dict tells as much as a module."""
+    module = randomise(MODULES[name]())
+    model, (expected,) = convert.load(module), re.findall(r"\d", name.partition(",")[2])
+    assert model.config.channels == int(expected) and f"images of {expected} channels" in model.config.in_words()
+    words = rf"images have shape \(1, 16, 16, 3\); expected \[batch, height, width, {expected} channels\]"
+    with pytest.raises(ValueError, match=words):
+        model(jnp.zeros((1, 16, 16, 3)))
+    told = {field: getattr(model.config, field) for field in ("heads", "mlp", "eps", "pool", "final_norm")}
+    again = convert.load(state_dict(model, "timm" if "timm" in name else "transformers"), config=told)
+    assert np.array_equal(again.patch_embed.kernel[...], model.patch_embed.kernel[...])
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -499,6 +532,7 @@ def test_kinds_of_architectures(name, tmp_path):
     module = randomise(build(name, depth=1, **changes))
     write_safetensors(tmp_path / "model.safetensors", state_of(module))
     content = {"architecture": name, "num_classes": module.num_classes, "pretrained_cfg": {}}
+    content["model_args"] = {"depth": 1, "embed_dim": module.embed_dim}
     (tmp_path / "config.json").write_text(json.dumps(content))
     model = convert.load(tmp_path)
     live = convert.load(module)

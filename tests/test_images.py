@@ -4,6 +4,7 @@ import io
 import threading
 import time
 import warnings
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -575,3 +576,11 @@ def test_a_batch_is_a_pytree_of_its_arrays():
     assert [leaf.shape for leaf in jax.tree.leaves(found[0])] == [(2, 14, 14, 3), (2,), (2,), (2,)]
     assert found[1].labels.tolist() == [2, 3] and found[1].names == ()
     jax.block_until_ready(batches)
+
+
+def test_other_channels_than_those_of_the_preparation_are_refused():
+    gray = replace(SMALL, channels=1)
+    with pytest.raises(ValueError, match=r"reads 1 channels, and its Preprocess has the mean and std of 3: give"):
+        prepare(SOURCES[0], gray)
+    preprocess = Preprocess(14, 14, mean=(0.5,), std=(0.5,))
+    assert prepare(SOURCES[0], replace(gray, preprocess=preprocess)).shape == (1, 14, 14, 1)

@@ -109,9 +109,9 @@ def test_it_is_no_mean_of_normalised_tokens():
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k"])
 def test_an_architecture_with_another_pooling(name, pool, fc_norm):
     module = vit(global_pool=pool, fc_norm=fc_norm)
-    known = {"architecture": name}
+    known = {"architecture": name, "config": {"depth": len(module.blocks), "width": module.embed_dim}}
     if (pool, fc_norm) in (("avg", False), ("token", True)):  # the norm does not stand where timm puts it
-        known["config"] = {"pool": {"avg": "mean", "token": "cls"}[pool]}
+        known["config"]["pool"] = {"avg": "mean", "token": "cls"}[pool]
     model, said = assumed(state_of(module), **known)
     assert ("pool" in said) == ((pool, fc_norm) == ("avg", None))
     close(logits_of(model), theirs(module))

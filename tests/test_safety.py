@@ -289,7 +289,9 @@ def test_sizes_that_no_byte_stands_for(tmp_path):
     wide = {"patch_embed.proj.weight": torch.zeros(2**40, 0, 14, 14)}
     path = tmp_path / "some.pth"
     torch.save(TENSORS | wide, path)
-    fails(path, "width 1099511627776", "parameters")
+    fails(path, "channels must be at least 1, not 0")
+    torch.save(TENSORS | {"register_tokens": torch.zeros(1, 2**40, 0)}, path)
+    fails(path, "registers 1099511627776", "parameters")
     sizes = {"patch_embed.proj.weight": np.zeros((10**6, 1, 1, 1)), "blocks.0.mlp.fc2.weight": np.zeros((1, 10**6))}
     fails(HUB | sizes, "width 1000000, hidden 1000000", "parameters")
 

@@ -236,7 +236,7 @@ def test_what_has_no_statistics_is_said_in_a_sentence(model, images, stats):
         ActivationStats.collect(model, images, ("pattern", "q", "scores"))
     with pytest.raises(ValueError, match="no images to take statistics of"):
         ActivationStats.collect(model, [])
-    with pytest.raises(ValueError, match=r"images have shape \[8, 8, 3\]; expected \[batch, height, width, 3"):
+    with pytest.raises(ValueError, match=r"images have shape \[8, 8, 3\]; expected \[batch, height, width, channels\]"):
         ActivationStats.collect(model, np.asarray(images[0]), progress=False)
     with pytest.raises(ValueError, match="no statistics of 'q'; there are none"):
         ActivationStats().mean("q")

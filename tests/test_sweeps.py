@@ -612,7 +612,7 @@ def test_a_bar_ends_with_what_it_counts(capsys):
     ("wrong", "message"),
     [
         (dict(images=[]), "no images to run"),
-        (dict(images=np.zeros((8, 8, 3))), r"shape \[8, 8, 3\]; expected \[batch, height, width, 3 channels\]"),
+        (dict(images=np.zeros((8, 8, 3))), r"shape \[8, 8, 3\]; expected \[batch, height, width, channels\]"),
         (dict(grid=Grid(image=(0, 1))), "the result has an axis 'image' of its own"),
         (dict(batch_size=0), "batch_size is 0; expected"),
         (dict(metric=lambda out, clean: out.cls.mean()), r"the metric returns \[?\(?.*\]?; expected"),

@@ -582,3 +582,38 @@ def test_attention_in_blocks_of_rows_is_attention(blocks, monkeypatch):
     whole = run(q, k, v, mask)
     monkeypatch.setattr(attention, "cpu_blocks", lambda shape, tokens: blocks)
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), run(q, k, v, mask), whole)
+
+
+def test_images_of_four_channels():
+    """In everything that makes images or their shapes itself."""
+    model = random_model(ViTConfig(**TINY, channels=4))
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 20, 20, 4)), jnp.float32)
+    gray = images.at[..., 3].set(0)
+    assert not np.allclose(model(images).cls, model(gray).cls)
+    found = jaxvit.sweep(
+        model,
+        images,
+        lambda point, clean: jaxvit.ablate(model, "z", layers=point["layer"], heads=point["head"]),
+        jaxvit.grids.heads(model),
+        lambda out, clean: out.trace["pattern"].mean((0, 2, 3, 4)),
+        record=("pattern",),
+        progress=False,
+    )
+    assert np.isfinite(found.values).all()
+    words = r"images have shape \(2, 20, 20, 3\); expected \[batch, height, width, 4 channels\]"
+    for call in (model, model.embed, jax.jit(model)):
+        with pytest.raises(ValueError, match=words):
+            call(images[..., :3])
+
+
+def test_a_mask_token_changes_nothing():
+    """It is a parameter like others, and no forward pass reads it."""
+    config = ViTConfig(**TINY, registers=2)
+    model, images = random_model(config), random_images(0, 2, 20)
+    params = to_params(model) | {"mask_token": jnp.full(config.width, jnp.nan)}
+    masked = from_params(replace(config, mask_token=True), params)
+    jax.tree.map(np.testing.assert_array_equal, masked(images), model(images))
+    apply, params = jaxvit.functional(jaxvit.cast(masked, "float16"))
+    assert params["mask_token"].dtype == "float16" and np.isfinite(apply(params, images).cls).all()
+    grads = jax.grad(lambda model: model(images).cls.sum())(random_model(masked.config))
+    assert not np.asarray(to_params(grads)["mask_token"]).any()

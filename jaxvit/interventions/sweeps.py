@@ -156,8 +156,8 @@ def _traced(
 def _images_like(model: ViT, clean: Output) -> jax.ShapeDtypeStruct:
     """The shape of images that give sequences as long as those of this run; which of them does not matter."""
     rows = clean.patches.shape[1]
-    patch = model.config.patch
-    return jax.ShapeDtypeStruct((clean.tokens.shape[0], rows * patch, patch, 3), model.dtype)
+    patch, channels = model.config.patch, model.config.channels
+    return jax.ShapeDtypeStruct((clean.tokens.shape[0], rows * patch, patch, channels), model.dtype)
 
 
 class _Programs(NamedTuple):

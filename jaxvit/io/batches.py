@@ -26,5 +26,5 @@ def images_and_valid(batch: Array | np.ndarray | Batch) -> tuple[Array, np.ndarr
     if isinstance(batch, Batch):
         return batch.images, np.asarray(batch.valid)
     if np.ndim(batch) != 4:
-        raise ValueError(f"images have shape {list(np.shape(batch))}; expected [batch, height, width, 3 channels]")
+        raise ValueError(f"images have shape {list(np.shape(batch))}; expected [batch, height, width, channels]")
     return jnp.asarray(batch), np.ones(len(batch), bool)

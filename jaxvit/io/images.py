@@ -269,6 +269,12 @@ class Sizing:
 
     def __init__(self, config: ViTConfig | Preprocess, size: int | tuple[int, int] | None, crop: bool):
         preprocess = config.preprocess if isinstance(config, ViTConfig) else config
+        if isinstance(config, ViTConfig) and config.channels != len(preprocess.mean):
+            raise ValueError(
+                f"the model reads {config.channels} channels, and its Preprocess has the mean and std of "
+                f"{len(preprocess.mean)}: give a Preprocess(.., mean=.., std=..) of {config.channels} numbers each, or "
+                f"give the model arrays [B, H, W, {config.channels}] that you normalised"
+            )
         self.preprocess = preprocess.at(size) if crop else preprocess
         self.patch, self.size = 0, size  # a patch of 0: crop
         if crop:

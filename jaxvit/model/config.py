@@ -182,8 +182,11 @@ class ViTConfig:
       cls: whether there is a class token.
       registers: number of register tokens, R; 0 for none.
       patch: side of a square patch, in pixels.
+      channels: of the images; 3 for RGB. Others are given as arrays, as `jaxvit.prepare` makes RGB.
       grid: rows and columns of the patches that positions were learned for.
       positions: whether a learned vector is added to each patch.
+      mask_token: whether there is a vector that stands in for hidden patches during pretraining. A forward pass does
+        not use it; it is kept, so that exports hold it.
       rope: rotary positions, which turn the queries and keys of patches; None for none.
       rope_base: the largest of their periods is about this many times the smallest.
       patch_bias, qkv_bias, proj_bias: whether there are biases in the embedding of patches; in queries, keys and
@@ -214,8 +217,10 @@ class ViTConfig:
     cls: bool = True
     registers: int = 0
     patch: int = 14
+    channels: int = 3
     grid: tuple[int, int] = (37, 37)
     positions: bool = True
+    mask_token: bool = False
     rope: Rope | None = None
     rope_base: float = 100.0
     patch_bias: bool = True
@@ -238,7 +243,7 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("depth", "width", "heads", "hidden", "patch"):
+        for name in ("depth", "width", "heads", "hidden", "patch", "channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if min(self.registers, self.classes, self.projection) < 0 or min(self.grid) < 1:
@@ -310,6 +315,7 @@ class ViTConfig:
         parts = [f"{self.depth} blocks of width {self.width}", f"{self.heads} heads", f"{self.mlp} MLP"]
         parts += [f"{self.registers} registers" if self.registers else "no registers"]
         parts += ["no class token"] * (not self.cls)
+        parts += [f"images of {self.channels} channels"] * (self.channels != 3)
         parts += [f"patches of {self.patch} px", f"a grid of {self.grid[0]}x{self.grid[1]}"]
         parts += [f"{self.classes} classes"] * (self.classes > 0)
         parts += [f"a projection to {self.projection}"] * (self.projection > 0)

@@ -149,7 +149,7 @@ def check_choices(model: ViT, x: Array, remat: str, kernel: str) -> None:
 
 def each_layer(
     model: ViT,
-    images: Float[Array, "B H W 3"],
+    images: Float[Array, "B H W C"],
     measure: Callable[[dict[str, Array]], Any],
     record: Record,
     edits: Edits | None = None,
@@ -188,7 +188,7 @@ def each_layer(
 
 def layer_by_layer(
     model: ViT,
-    images: Float[Array, "B H W 3"],
+    images: Float[Array, "B H W C"],
     measure: Measure,
     record: Record,
     edits: Edits | None = None,

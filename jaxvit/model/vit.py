@@ -113,7 +113,7 @@ class ViT(nnx.Module):
     """A Vision Transformer over [CLS], registers and patches.
 
     `cls` and `registers` hold these tokens *and* their positions, where a checkpoint has such: they are only ever used
-    as a sum.
+    as a sum. `mask_token` [D] is what pretraining puts in place of hidden patches: no forward pass reads it.
 
     Args:
       config: sizes and choices.
@@ -128,11 +128,12 @@ class ViT(nnx.Module):
             return nnx.Param(token(rngs.params(), (*shape, c.width))) if present else None
 
         # Rows of the kernel: y, x, channel within a patch.
-        self.patch_embed = Linear(3 * c.patch**2, c.width, c.patch_bias, rngs)
+        self.patch_embed = Linear(c.channels * c.patch**2, c.width, c.patch_bias, rngs)
         self.patch_norm = make_norm(c, present=c.patch_norm)
         self.cls = tokens(present=c.cls)
         self.registers = tokens(c.registers, present=c.registers > 0)
         self.positions = tokens(*c.grid, present=c.positions)
+        self.mask_token = tokens(present=c.mask_token)
         self.pre_norm = make_norm(c, present=c.pre_norm)
         make_blocks = jax.jit(jax.vmap(lambda key: Block(c, nnx.Rngs(key))))  # jit: one compilation, not one an array
         self.blocks = make_blocks(jax.random.split(rngs.params(), c.depth))
@@ -158,7 +159,7 @@ class ViT(nnx.Module):
 
     def __call__(
         self,
-        images: Float[Array, "B H W 3"],
+        images: Float[Array, "B H W C"],
         edits: Edits | None = None,
         record: Record = (),
         *,
@@ -168,7 +169,8 @@ class ViT(nnx.Module):
         """Runs the model. A call outside of `jax.jit` compiles once for each shape.
 
         Args:
-          images: normalised (see `jaxvit.prepare`), sides multiples of the patch size; cast to the parameters' dtype.
+          images: normalised (see `jaxvit.prepare`), of `config.channels` channels; sides are multiples of the patch
+            size. They are cast to the parameters' dtype.
           edits: site -> what to change there; see `jaxvit.Edit`, and `ablate`, `patch`, `knockout` .. which make them.
           record: sites to keep, `("pattern", "resid_post")`, or how much of each, `{"pattern": Take(layers=-1)}`;
             after their edits.
@@ -232,7 +234,7 @@ class ViT(nnx.Module):
         plan = recording_plan(record, c.depth, c.prefix, int(layer))
         return _forward_from(self, resid_BTD, changes, None, plan=plan, **static)
 
-    def embed(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B T D"]:
+    def embed(self, images: Float[Array, "B H W C"]) -> Float[Array, "B T D"]:
         """The sequence that enters the first block.
 
         Raises:
@@ -247,20 +249,22 @@ class ViT(nnx.Module):
         Raises:
           ValueError: as `embed`.
         """
-        if images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images have shape {images.shape}; expected [batch, height, width, 3 channels]")
+        if images.ndim != 4 or images.shape[-1] != self.config.channels:
+            raise ValueError(
+                f"images have shape {images.shape}; expected [batch, height, width, {self.config.channels} channels]"
+            )
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images are {images.dtype}; expected normalised numbers: use jaxvit.prepare")
         return self.config.layout(*images.shape[1:3]).grid
 
     def embedding(self, images: Array) -> Array:
         """`embed` as part of a program, without its checks."""
-        layout, p = self.config.layout(*images.shape[1:3]), self.config.patch
+        layout, p, C = self.config.layout(*images.shape[1:3]), self.config.patch, self.config.channels
         B, (rows, columns) = images.shape[0], layout.grid
         with jax.named_scope("embed"):
             # One axis at a time, which JAX can follow when the batch is sharded.
-            strips = images.astype(self.dtype).reshape(B, rows, p, columns * p, 3)
-            pixels = strips.reshape(B, rows, p, columns, p, 3).swapaxes(2, 3)
+            strips = images.astype(self.dtype).reshape(B, rows, p, columns * p, C)
+            pixels = strips.reshape(B, rows, p, columns, p, C).swapaxes(2, 3)
             patches_BND = self.patch_norm(self.patch_embed(jax.lax.collapse(jax.lax.collapse(pixels, 3), 1, 3)))
             # One sum of [0, patches] and [cls, registers, positions] instead of a concatenation with tokens that must
             # first be copied for each image: it holds as it is when images are sharded. In half precision positions
