@@ -29,15 +29,16 @@ import numpy as np
 import jaxvit
 from jaxvit import convert
 
-from . import embedded, labelled, presets
-from .controls import Controls
-from .dry_run import announce
-from .experiment import About, Experiment, Table
-from .passes import Request
-from .progress import Place
-from .registry import EXPERIMENTS, HELP, PASSES, SENSITIVITY
-from .session import Session
-from .subjects import Spec
+from .core import labelled
+from .core.controls import Controls
+from .core.experiment import About, Experiment, Table
+from .core.passes import Request
+from .models import embedded, presets
+from .models.subjects import Spec
+from .runner.dry_run import announce
+from .runner.progress import Place
+from .runner.registry import EXPERIMENTS, HELP, PASSES, SENSITIVITY
+from .runner.session import Session
 
 OWN = ("results.json", "report.html", "explorer.html", "timings.json", "explorer", "figures", "per_image", "examples")
 LOCK = ".lock"

@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
-from experiments.experiment import About, Experiment, Found, Measured
-from experiments.trace import observe
+from experiments.core.experiment import About, Experiment, Found, Measured
+from experiments.core.trace import observe
 from jaxvit import Take, ViT
 from jaxvit.analysis.similarity import StreamingCKA
 from jaxvit.model.edits import Edits

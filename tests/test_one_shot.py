@@ -21,13 +21,13 @@ from conftest import FAMILIES, TINY, random_images, random_model
 from PIL import Image
 
 import jaxvit
-from experiments import labelled
-from experiments.a4_one_shot import EXPERIMENT, PASS, READINGS, draw_pairs, outputs, sample
-from experiments.classify import accuracy, logistic_regression, nearest_mean, t_interval, unit
-from experiments.engine import Store, run_pass
-from experiments.experiment import About, Found, View
-from experiments.passes import Labelled, Request
-from experiments.trace import observe
+from experiments.core import labelled
+from experiments.core.classify import accuracy, logistic_regression, nearest_mean, t_interval, unit
+from experiments.core.experiment import About, Found, View
+from experiments.core.passes import Labelled, Request
+from experiments.core.trace import observe
+from experiments.paper.a4_one_shot import EXPERIMENT, PASS, READINGS, draw_pairs, outputs, sample
+from experiments.runner.store import Store, run_pass
 from jaxvit import Edit, ImageError, ViT, ViTConfig
 from jaxvit.model.config import Preprocess
 from jaxvit.model.params import from_params, to_params

@@ -15,22 +15,21 @@ from matplotlib.figure import Figure
 from paper import about_of, defaults, drawn_numbers, found_of, numbers_of
 
 import jaxvit
-from experiments import (
-    a5_patch_cosine,
+from experiments.beyond import (
     b1_token_flow,
     b2_replacement,
     b4_outliers,
     b5_test_time_registers,
     b6_rollout,
     b7_open_questions,
-    controls,
-    examples,
 )
-from experiments.draw import styled, write_figure
-from experiments.engine import Store, run_pass
-from experiments.experiment import Experiment, Measured, Subject, View
-from experiments.passes import Clean, Request
-from experiments.trace import cls_reading, median, observe, parts, widened
+from experiments.core import controls, examples
+from experiments.core.charts import styled, write_figure
+from experiments.core.experiment import Experiment, Measured, Subject, View
+from experiments.core.passes import Clean, Request
+from experiments.core.trace import cls_reading, median, observe, parts, widened
+from experiments.paper import a5_patch_cosine
+from experiments.runner.store import Store, run_pass
 from jaxvit import ActivationStats, Take, ViT, ViTConfig
 from jaxvit.analysis.decompose import attention_parts, contributions, rollout
 from jaxvit.analysis.similarity import cosine

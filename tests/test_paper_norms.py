@@ -15,12 +15,12 @@ from conftest import FAMILIES, TINY, random_images, random_model
 from paper import about_of, defaults, drawn_numbers, found_of, numbers_of
 from PIL import Image
 
-from experiments import a1_attention_mass, a2_top_register, a5_patch_cosine, a7_norms, a8_depth_cosine
-from experiments.claims import FAR, FEWEST, falls
-from experiments.draw import styled
-from experiments.examples import explain
-from experiments.experiment import About, Subject, View
-from experiments.trace import observe
+from experiments.core.charts import styled
+from experiments.core.claims import FAR, FEWEST, falls
+from experiments.core.examples import explain
+from experiments.core.experiment import About, Subject, View
+from experiments.core.trace import observe
+from experiments.paper import a1_attention_mass, a2_top_register, a5_patch_cosine, a7_norms, a8_depth_cosine
 from jaxvit import Preprocess, Take, ViTConfig, cast
 from jaxvit.interventions.constructors import knockout
 from jaxvit.model.params import from_params, to_params

@@ -19,9 +19,9 @@ from conftest import TINY, random_model
 from PIL import Image
 
 import jaxvit
-from experiments import dry_run
 from experiments.__main__ import alone, main
-from experiments.registry import EXPERIMENTS
+from experiments.runner import dry_run
+from experiments.runner.registry import EXPERIMENTS
 from jaxvit import Preprocess, ViTConfig
 
 ROOT = Path(__file__).parents[1]

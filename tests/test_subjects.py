@@ -10,8 +10,9 @@ from conftest import TINY, random_images, random_model
 
 import jaxvit
 from convert import catalogue
-from experiments import embedded, presets
-from experiments.subjects import Spec, family_of, keys, load
+from experiments import embedded
+from experiments.models import presets
+from experiments.models.subjects import Spec, family_of, keys, load
 from jaxvit import ViTConfig
 
 

@@ -1,0 +1,305 @@
+"""One model of a run: what of it is on disk already, and how the rest comes about.
+
+    progress/MODEL/about.json        what is known of it, so that a finished one need not be loaded
+    progress/MODEL/PASS-HASH/        one pass over the images under one set of settings, see `experiments.runner.store`
+    progress/MODEL/numbers-HASH.json the numbers of all experiments
+
+Other settings have another hash: nothing that was finished is ever replaced. A pass that was made for more experiments,
+with the same options, serves fewer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxvit import ImageError, ViTConfig, convert
+from jaxvit.io.checkpoint import replacing_file
+
+from ..beyond import b5_test_time_registers
+from ..core import examples
+from ..core.examples import Example
+from ..core.experiment import About, Experiment, Found, Subject
+from ..core.passes import Pass, Request
+from ..models.subjects import Spec, load
+from .registry import PASSES
+from .store import Store, run_pass
+
+VERSION = 3
+"""Of what is kept of a pass."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run happens.
+
+    Attributes:
+      out: the folder of results.
+      folder: of the images, for their names.
+      show: numbers of the images to show.
+      dtype: of the models.
+      devices: over which batches are spread.
+    """
+
+    out: Path
+    folder: Path
+    show: Sequence[int]
+    dtype: str
+    devices: Sequence[jax.Device]
+
+    def name(self, source: Any) -> str:
+        """Of an image, below the folder."""
+        if isinstance(source, str | Path):
+            path = Path(source)
+            return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(source)
+        return str(source)
+
+    def digest(self, sources: Sequence[Any], *, ages: bool = False) -> str:
+        """Of names and sizes of files, in order, and of their ages; of other images of their descriptions."""
+        whole = hashlib.sha256()
+        for source in sources:
+            told = [self.name(source)]
+            if isinstance(source, Path):
+                stat = source.stat()
+                told += [str(stat.st_size), *([str(stat.st_mtime_ns)] if ages else [])]
+            whole.update((" ".join(told) + "\n").encode())
+        return whole.hexdigest()
+
+
+class Model:
+    """One model in a run: loaded only if something of it is not on disk yet."""
+
+    def __init__(self, place: Place, request: Request, key: str, spec: Spec):
+        self.place, self.request, self.key, self.spec = place, request, key, spec
+        self.folder = place.out / "progress" / key
+        identity = spec.identity | {"dtype": place.dtype}
+        if spec.test_time_registers:  # which are made of the images
+            identity["test-time registers"] = b5_test_time_registers.made_of(request)
+        self.identity = json.loads(json.dumps(identity))
+        self.loaded: Subject | None = None
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def about(self) -> About:
+        """Of the model that was run before, if it is the same; else of the one that is loaded."""
+        if self.loaded is None:
+            try:
+                known = json.loads((self.folder / "about.json").read_text())
+                if known.pop("identity") == self.identity:
+                    return About(**known)
+            except (OSError, ValueError, KeyError, TypeError):
+                pass
+        return self.subject.about
+
+    @property
+    def subject(self) -> Subject:
+        if self.loaded is None:
+            started = time.perf_counter()
+            subject = load(self.spec, self.key, self.place.dtype)
+            if count := self.spec.test_time_registers:
+                subject = b5_test_time_registers.appended(subject, self.request, count)
+            self.loaded = subject
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing_file(self.folder / "about.json") as temporary:
+                temporary.write_text(json.dumps(subject.about.to_dict() | {"identity": self.identity}, indent=1))
+            self.seconds["loading"] = round(time.perf_counter() - started, 1)
+        return self.loaded
+
+    def passes(self) -> tuple[dict[str, Store], dict[str, str]]:
+        """All passes that an experiment reads, and why experiments are not run: id -> reason."""
+        request, about = self.request, self.about
+        reasons = {e.id: reason for e in request.experiments if (reason := unfit(about) or e.refuses(about))}
+        stores: dict[str, Store] = {}
+        for each in PASSES:
+            reading = [e for e in request.experiments if each.name in e.passes and e.id not in reasons]
+            if not reading:
+                continue
+            reason = each.refuses(request, about)
+            if reason is None:
+                try:
+                    stores[each.name] = self.run(each, reading, stores)
+                except ImageError as error:
+                    reason = str(error)
+            if reason is not None:  # controls come on top of what is measured without them
+                reasons |= {e.id: reason for e in reading if not (e.controlled and each.name == "controls")}
+        return stores, reasons
+
+    def run(self, each: Pass, reading: Sequence[Experiment], earlier: Mapping[str, Store]) -> Store:
+        """A pass, as far as it is not done yet."""
+        request, place = self.request, self.place
+        sources = each.sources(request)
+        common = {
+            "version": VERSION,
+            "model": self.identity,
+            "images": place.digest(sources, ages=True),
+            "pass": {option.name: request.options[each.name][option.name] for option in each.options},
+            "more": dict(each.settings(request)),
+            "after": [store.folder.name for store in earlier.values()] if each.reads_earlier else [],
+            "size": request.size,
+            "batch_size": request.batch_size,
+            "devices": f"{len(place.devices)} x {place.devices[0].device_kind}",
+            "precision": str(jax.config.jax_default_matmul_precision),
+            "flags": os.environ.get("XLA_FLAGS", ""),
+            "versions": convert.versions("jaxvit", "jax", "jaxlib"),
+        }
+        wanted = {e.id: measured(e, request) for e in reading}
+        store = self.finished(each.name, common, wanted)
+        if store is not None:
+            return store
+        settings = {**common, "experiments": wanted}
+        store = Store(self.folder / f"{each.name}-{hashed(settings)}", settings)
+        started = time.perf_counter()
+        subject = self.subject
+        found = {name: before.found() for name, before in earlier.items()}
+        extra = each.extra(request, subject, found)
+        measure = each.measure(request, subject.about)
+        run_pass(
+            store,
+            lambda arguments, images, position: measure(*arguments, images, position),
+            (subject.model, subject.edits, extra),
+            sources,
+            subject.model.config,
+            batch_size=request.batch_size,
+            size=request.size,
+            known=each.known(request),
+            devices=place.devices,
+            label=f"{self.key}: {each.name}",
+            progress=request.progress,
+            save_every=request.save_every,
+        )
+        self.seconds[each.name] = round(time.perf_counter() - started, 1)
+        return store
+
+    def finished(self, name: str, common: Mapping[str, Any], wanted: Mapping[str, Any]) -> Store | None:
+        """A pass that is done and holds all that is wanted."""
+        common, wanted = json.loads(json.dumps([common, wanted]))
+        for path in sorted(self.folder.glob(f"{name}-*/settings.json")):
+            try:
+                settings = json.loads(path.read_text())
+            except (OSError, ValueError):
+                continue
+            held = settings.pop("experiments", {})
+            if settings == common and wanted.items() <= held.items() and (path.parent / "state.npz").is_file():
+                store = Store(path.parent, {**settings, "experiments": held})
+                if store.done:
+                    return store
+        return None
+
+    def numbers(self, stores: Mapping[str, Store], reasons: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """The numbers of all experiments, by id."""
+        request = self.request
+        running = [e for e in request.experiments if e.id not in reasons]
+        asked = {"passes": [store.folder.name for store in stores.values()]}
+        asked |= {"experiments": {e.id: dict(request.options[e.id]) for e in running}}
+        path = self.folder / f"numbers-{hashed(asked)}.json"
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):
+            pass
+        started = time.perf_counter()
+        found = {name: store.found() for name, store in stores.items()}
+        numbers = {e.id: self.of_experiment(e, found) for e in running}
+        numbers = json.loads(json.dumps(self.with_names(plain(numbers))))  # as they are read the next time
+        with replacing_file(path) as temporary:
+            temporary.write_text(json.dumps(numbers))
+        self.seconds["numbers"] = round(time.perf_counter() - started, 1)
+        return numbers
+
+    def of_experiment(self, e: Experiment, found: Mapping[str, Found]) -> dict[str, Any]:
+        """Its numbers, and under "controls" the same under each control."""
+        options = self.request.options[e.id]
+        ours = {name: narrowed(found[name], e) for name in e.passes if name in found}
+        numbers = e.numbers(ours, self.about, options)
+        if e.controlled and "controls" in ours:
+            under = ours["controls"]
+            names = dict.fromkeys(name.split("/")[0] for kind in under[1:] for name in kind if name != "image")
+            numbers["controls"] = {
+                name: e.numbers({"clean": under.of(f"{name}/")}, self.about, options) for name in names
+            }
+        return numbers
+
+    def with_names(self, value: Any) -> Any:
+        """Images by their names instead of their numbers."""
+        if isinstance(value, dict):
+            named = {key: self.with_names(item) for key, item in value.items()}
+            if isinstance(named.get("image"), int):
+                named["image"] = self.place.name(self.request.images[named["image"]])
+            return named
+        return [self.with_names(item) for item in value] if isinstance(value, list) else value
+
+    def examples(self) -> list[Example]:
+        """The images to show, explained."""
+        place, size = self.place, self.request.size
+        if unfit(self.about):
+            return []
+        path = place.out / "examples" / f"{self.key}.npz"
+        paths = [self.request.images[i] for i in place.show]
+        residual = self.request.options.get("B6", {}).get("residual", 0.5)
+        asked = {"version": VERSION, "model": self.identity, "images": place.digest(paths, ages=True), "size": size}
+        asked["residual"] = residual
+        note = self.folder / "examples.json"
+        try:
+            if json.loads(note.read_text()) == json.loads(json.dumps(asked)):
+                return examples.load(path)
+        except (OSError, ValueError, KeyError):
+            pass
+        found = examples.explain(self.subject, paths, list(map(place.name, paths)), size, residual)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        examples.save(found, path)
+        with replacing_file(note) as temporary:
+            temporary.write_text(json.dumps(asked))
+        return found
+
+
+def unfit(about: About) -> str | None:
+    """Why a model has no update of [CLS] that splits into parts, or None."""
+    config = ViTConfig.from_dict(about.config)
+    if not config.cls:
+        return "the model has no [CLS]"
+    return "the model normalises what its heads write together" if config.branch_norms else None
+
+
+def narrowed(found: Found, e: Experiment) -> Found:
+    """Only what belongs to an experiment, without its id: of "A1/mass" and of "zero/A1/mass"."""
+    start, middle = f"{e.id}/", f"/{e.id}/"
+
+    def rename(name: str) -> str | None:
+        if name.startswith(start):
+            return name.removeprefix(start)
+        return name.replace(middle, "/", 1) if middle in name else name if name == "image" else None
+
+    return found.renamed(rename)
+
+
+def measured(e: Experiment, request: Request) -> dict[str, Any]:
+    """The options that what is measured depends on."""
+    late = {option.name for option in e.options if option.late}
+    return {name: value for name, value in request.options[e.id].items() if name not in late}
+
+
+def hashed(settings: Any) -> str:
+    """A short name of settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def plain(value: Any, *, finite: bool = False) -> Any:
+    """Python's own numbers, lists and dicts.
+
+    Args:
+      finite: None for numbers that are not: JSON has no NaN.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, finite=finite) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, finite=finite) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    return None if finite and isinstance(value, float) and not math.isfinite(value) else value

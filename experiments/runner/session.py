@@ -1,0 +1,231 @@
+"""Runs experiments on models: one model after another, one pass after another, each of which survives its process.
+
+A folder of results holds
+
+    results.json          every number, choice, version and checksum, and no time or date: the same for the same run
+    report.html           for people; explorer.html and explorer/ beside it
+    figures/              every figure as .png and .svg
+    per_image/MODEL.npz   what was measured of every image
+    examples/MODEL.npz    maps of the images that are shown
+    timings.json          how long what took
+    progress/             what `--resume` goes on with
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxvit import CheckpointError, ImageError, ViTConfig, convert
+from jaxvit.io.checkpoint import replacing_file
+
+from ..core.charts import styled, write_figure
+from ..core.examples import Example
+from ..core.experiment import About, Found, View
+from ..core.passes import Request
+from ..models.subjects import Spec, keys
+from ..report.explorer import write_explorer
+from ..report.report import write_report
+from .progress import Model, Place, narrowed, plain
+from .registry import PASSES
+from .store import Store
+
+SCHEMA = 1
+TIMING = "timings.json"
+
+
+class Session:
+    """One folder of results; see `Place` and `Request`."""
+
+    def __init__(self, place: Place, specs: Sequence[Spec], request: Request, command: str):
+        self.place, self.specs, self.request, self.command = place, list(specs), request, command
+        self.out = place.out
+        self.models: dict[str, Finished] = {}
+        self.failed: dict[str, dict[str, str]] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Everything; returns what is in results.json. A model that cannot be run is told of there, and left out.
+
+        Raises:
+          ValueError: not one model can be run.
+          OSError, jaxvit.CheckpointError: results cannot be written; what was finished before is there.
+        """
+        for key, spec in zip(keys(self.specs), self.specs, strict=True):
+            if spec.test_time_registers and self.has_registers(spec):
+                continue
+            try:
+                self.models[key] = self.finish(key, spec)
+            except (
+                convert.ConversionError,
+                CheckpointError,
+                ImageError,
+                MemoryError,
+                jax.errors.JaxRuntimeError,
+            ) as error:
+                if isinstance(error.__cause__, OSError):
+                    raise
+                self.failed[key] = {"name": spec.title, "reason": reason_of(error)}
+                print(f"{spec.title} cannot be run: {reason_of(error)}", file=sys.stderr)
+        if not self.models:
+            first = next(iter(self.failed.values()))
+            raise ValueError(f"no model could be run; {first['name']}: {first['reason']}")
+        results = self.results()
+        self.write(results)
+        return results
+
+    def finish(self, key: str, spec: Spec) -> Finished:
+        """All of one model, after which it needs no memory."""
+        model = Model(self.place, self.request, key, spec)
+        stores, reasons = model.passes()
+        numbers, shown = model.numbers(stores, reasons), model.examples()
+        found = {}
+        for name, store in stores.items():
+            store.forget_moments()
+            found[name] = store.found()
+        self.write_per_image(key, found)
+        self.time(key, model.seconds)
+        return Finished(model.about, numbers, found, stores, reasons, shown)
+
+    def has_registers(self, spec: Spec) -> bool:
+        """Whether the model, as it was run before, was trained with registers and needs none."""
+        without = replace(spec, test_time_registers=0)
+        names = [key for key, other in zip(keys(self.specs), self.specs, strict=True) if other == without]
+        return any(name in self.models and self.models[name].about.registers > 0 for name in names)
+
+    def time(self, key: str, seconds: Mapping[str, float]) -> None:
+        """Notes how long what took, beside what was noted before."""
+        path = self.out / TIMING
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        if seconds:
+            known[key] = known.get(key, {}) | seconds
+            with replacing_file(path) as temporary:
+                temporary.write_text(json.dumps(known, indent=1) + "\n")
+
+    # --- results
+
+    def results(self) -> dict[str, Any]:
+        request, place = self.request, self.place
+        models = {key: each.about for key, each in self.models.items()}
+        by_experiment, claims = {}, []
+        for e in request.experiments:
+            each = {key: model.numbers[e.id] for key, model in self.models.items() if e.id in model.numbers}
+            by_experiment[e.id] = {"title": e.title, "figure": e.figure, "results": each}
+            claims += e.claims(each, models)
+        labelled = request.labelled
+        return {
+            "schema": SCHEMA,
+            "command": self.command,
+            "images": {"folder": str(place.folder), "n": len(request.images), "sha256": place.digest(request.images)},
+            "labelled": labelled
+            and {"name": labelled.name, "n": len(labelled.sources), "classes": len(labelled.classes)},
+            "request": {
+                "size": request.size,
+                "batch_size": request.batch_size,
+                "control_images": request.control_images,
+                "dtype": place.dtype,
+                "devices": len(place.devices),
+                "matmul precision": str(jax.config.jax_default_matmul_precision or "backend's default"),
+            },
+            "options": {name: dict(values) for name, values in request.options.items()},
+            "models": {key: self.of_model(model) for key, model in self.models.items()},
+            "failed": self.failed,
+            "experiments": by_experiment,
+            "claims": [claim._asdict() for claim in claims],
+            "versions": convert.versions("jaxvit", "jax", "jaxlib", "flax", "numpy", "pillow", "optax"),
+            "device": f"{place.devices[0].device_kind} ({jax.default_backend()}), {len(place.devices)} used",
+        }
+
+    def of_model(self, model: Finished) -> dict[str, Any]:
+        config = ViTConfig.from_dict(model.about.config)
+        pixels = self.request.size or config.preprocess.crop
+        passes = {
+            name: {
+                "n": store.n,
+                "skipped": [{"image": self.place.name(s["image"]), "error": s["error"]} for s in store.skipped],
+                "sha256 of the prepared pixels": store.digest,
+            }
+            for name, store in model.stores.items()
+        }
+        none = {"n": 0, "skipped": [], "sha256 of the prepared pixels": ""}
+        return model.about.to_dict() | {
+            "pixels": pixels,
+            "patches": list(config.layout(pixels).grid),
+            "images": passes.pop("clean", none),
+            "other passes": passes,
+            "not run": dict(model.reasons),
+        }
+
+    def write_per_image(self, key: str, found: Mapping[str, Found]) -> None:
+        """One column after another, so that memory does not depend on the number of images but by one column."""
+        folder = self.out / "per_image"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            replacing_file(folder / f"{key}.npz") as temporary,
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file,
+        ):
+
+            def put(name: str, array: np.ndarray) -> None:
+                entry = zipfile.ZipInfo(f"{name}.npy")  # dated 1980: the same bytes for the same run
+                with file.open(entry, "w", force_zip64=True) as stream:
+                    np.lib.format.write_array(stream, np.ascontiguousarray(array))
+
+            for each in PASSES:
+                if each.name not in found:
+                    continue
+                sources, columns = each.sources(self.request), found[each.name].per_image
+                put(f"{each.name}/image", np.asarray([self.place.name(sources[i]) for i in columns["image"]]))
+                for column in columns:
+                    if column != "image" and not each.private:
+                        put(f"{each.name}/{column}", columns[column])
+
+    def write(self, results: dict[str, Any]) -> None:
+        with replacing_file(self.out / "results.json") as temporary:
+            temporary.write_text(json.dumps(plain(results, finite=True), indent=1, allow_nan=False) + "\n")
+        models = {key: each.about for key, each in self.models.items()}
+        shown = {key: each.shown for key, each in self.models.items()}
+        figures: dict[str, dict[str, Any]] = {}
+        # What an earlier run with other models or experiments left would pass for a result of this one.
+        for name in ("figures", "explorer"):
+            shutil.rmtree(self.out / name, ignore_errors=True)
+        for path in [*self.out.glob("per_image/*.npz"), *self.out.glob("examples/*.npz")]:
+            if path.stem not in models:
+                path.unlink()
+        with styled():
+            for e in tqdm(self.request.experiments, "figures", disable=not self.request.progress):
+                found = {
+                    key: {name: narrowed(each, e) for name, each in model.found.items() if name in e.passes}
+                    for key, model in self.models.items()
+                }
+                view = View(results["experiments"][e.id]["results"], models, found, shown)
+                figures[e.id] = e.figures(view) if view.results else {}
+                for name, figure in figures[e.id].items():
+                    write_figure(figure, self.out / "figures", name)
+            write_explorer(self.out, shown, models)
+            write_report(self.out, results, self.request.experiments, figures, "explorer.html")
+
+
+class Finished(NamedTuple):
+    """A model that was run; of all its images only names are in memory."""
+
+    about: About
+    numbers: dict[str, dict[str, Any]]
+    found: dict[str, Found]
+    stores: dict[str, Store]
+    reasons: dict[str, str]
+    shown: list[Example]
+
+
+def reason_of(error: Exception) -> str:
+    """In one sentence."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "out of memory: take a smaller --batch-size or --size"
+    return " ".join(str(error).split())
