@@ -30,14 +30,13 @@ import jaxvit
 from jaxvit import convert
 
 from .core import labelled
-from .core.controls import Controls
 from .core.experiment import About, Experiment, Table
 from .core.passes import Request
-from .models import embedded, presets
+from .models import embedded, presets, test_time
 from .models.subjects import Spec
 from .runner.dry_run import announce
 from .runner.progress import Place
-from .runner.registry import EXPERIMENTS, HELP, PASSES, SENSITIVITY
+from .runner.registry import EVERY, EXPERIMENTS, PASSES
 from .runner.session import Session
 
 OWN = ("results.json", "report.html", "explorer.html", "timings.json", "explorer", "figures", "per_image", "examples")
@@ -87,12 +86,10 @@ def parser() -> argparse.ArgumentParser:
         "--only", nargs="+", metavar="ID", choices=list(EXPERIMENTS), help="experiments to run (default: all)"
     )
     of_experiments(command, list(EXPERIMENTS.values()))
-    for e in EXPERIMENTS.values():
-        command = add(e.id, e.title, HELP[e.id])
+    for e in EVERY.values():
+        command = add(e.id, e.title, e.help)
         common(command)
         of_experiments(command, [e])
-    command = add("sensitivity", "A3, A5 and A9 under every reading of the paper", SENSITIVITY.__doc__)
-    common(command)
     add("list", "all experiments", "All experiments.")
     return whole
 
@@ -163,9 +160,10 @@ def of_experiments(command: argparse.ArgumentParser, experiments: Sequence[Exper
     for e in experiments:
         for option in e.options:
             option.add_to(group, e.id)
-    if any(e.controlled or "controls" in e.passes for e in experiments):
-        for option in Controls.options:
-            option.add_to(group, Controls.name)
+    read = {name for e in experiments for name in e.passes} | {test_time.NAME}  # of which models are made, too
+    for each in PASSES:
+        for option in each.options if each.name in read else ():
+            option.add_to(group, each.name)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -178,7 +176,7 @@ def run(options: argparse.Namespace) -> int:
     experiments = (
         [EXPERIMENTS[name] for name in EXPERIMENTS if name in (options.only or EXPERIMENTS)]
         if (options.command == "run")
-        else [SENSITIVITY if options.command == "sensitivity" else EXPERIMENTS[options.command]]
+        else [EVERY[options.command]]
     )
     request = Request(
         images=images,

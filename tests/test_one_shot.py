@@ -26,12 +26,13 @@ from experiments.core.classify import accuracy, logistic_regression, nearest_mea
 from experiments.core.experiment import About, Found, View
 from experiments.core.passes import Labelled, Request
 from experiments.core.trace import observe
-from experiments.paper.a4_one_shot import EXPERIMENT, PASS, READINGS, draw_pairs, outputs, sample
+from experiments.paper.a4_one_shot import EXPERIMENT, READINGS, draw_pairs, outputs, sample
 from experiments.runner.store import Store, run_pass
 from jaxvit import Edit, ImageError, ViT, ViTConfig
 from jaxvit.model.config import Preprocess
 from jaxvit.model.params import from_params, to_params
 
+PASS = labelled.LabelledImages()
 OPTIONS = {option.name: option.default for option in EXPERIMENT.options}
 COLOURS = np.array([[r, g, b] for r in (40, 210) for g in (40, 210) for b in (40, 210)], np.uint8)
 CONFIG = ViTConfig(**TINY, registers=3, preprocess=Preprocess(resize=20, crop=20))
@@ -244,9 +245,9 @@ def test_intervals_are_over_draws_that_share_no_image():
 
 
 def test_the_default_draws_share_no_image():
-    assert OPTIONS["per_class"] >= 2 * OPTIONS["draws"]
+    assert {option.name: option.default for option in PASS.options}["per_class"] >= 2 * OPTIONS["draws"]
     late = {option.name for option in EXPERIMENT.options if option.late}
-    assert late == {"draws", "top", "l2", "iterations", "tolerance"}  # what `measure` and the pass do not read
+    assert late == {"draws", "seed", "top", "l2", "iterations", "tolerance"}  # what `measure` and the pass do not read
     assert all(
         option.least is not None and option.default >= option.least for option in EXPERIMENT.options if option.late
     )
@@ -366,7 +367,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def request(images: Labelled | None, **options) -> Request:
-    return Request((), [EXPERIMENT], {"A4": OPTIONS | options}, images, batch_size=3, progress=False)
+    of_pass = {option.name: options.pop(option.name, option.default) for option in PASS.options}
+    given = {"A4": OPTIONS | options, "labelled": of_pass}
+    return Request((), [EXPERIMENT], given, images, batch_size=3, progress=False)
 
 
 def run(model: ViT, asked: Request, place: Path, **more) -> Store:
@@ -459,7 +462,6 @@ def test_a_model_without_registers_or_of_few_bits(folder, tmp_path):
 def test_the_pass_says_what_it_lacks_and_what_it_depends_on(folder):
     assert "--labelled" in PASS.refuses(request(None), about())
     images = labelled.parse(str(folder))
-    assert "2 or more" in PASS.refuses(request(images, per_class=1), about())
     assert PASS.refuses(request(images), about()) is None
     same, other = PASS.settings(request(images)), PASS.settings(request(images, per_class=2))
     assert same == PASS.settings(request(labelled.parse(str(folder)))) != other

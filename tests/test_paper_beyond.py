@@ -28,7 +28,9 @@ from experiments.core.charts import styled, write_figure
 from experiments.core.experiment import Experiment, Measured, Subject, View
 from experiments.core.passes import Clean, Request
 from experiments.core.trace import cls_reading, median, observe, parts, widened
+from experiments.models import test_time
 from experiments.paper import a5_patch_cosine
+from experiments.runner import registry
 from experiments.runner.store import Store, run_pass
 from jaxvit import ActivationStats, Take, ViT, ViTConfig
 from jaxvit.analysis.decompose import attention_parts, contributions, rollout
@@ -73,7 +75,8 @@ def prepared(sources: list[np.ndarray], model: ViT) -> jax.Array:
 
 def request_of(sources, experiments, **more) -> Request:
     chosen = more.pop("options", {})
-    options = {e.id: defaults(e, **chosen.get(e.id, {})) for e in experiments} | {"controls": {"seed": 0}}
+    options = {e.id: defaults(e, **chosen.get(e.id, {})) for e in experiments}
+    options |= {p.name: defaults(p, **chosen.get(p.name, {})) for p in registry.PASSES}
     return Request(sources, experiments, options, progress=False, **more)
 
 
@@ -431,7 +434,7 @@ def planted(mlp: str = "gelu", seed: int = 1) -> tuple[ViT, list[np.ndarray]]:
 
 def b5_found(tmp_path, model, sources, batch_size=3, **options):
     e = b5_test_time_registers.EXPERIMENT
-    request = request_of(sources, [e], batch_size=batch_size, options={"B5": options})
+    request = request_of(sources, [e], batch_size=batch_size, options={"test-time registers": options})
     subject = Subject(about_of(model), model)
     found = run_passes(tmp_path, request, subject, b5_test_time_registers.PASS)["test-time registers"]
     return found, e.numbers({"test-time registers": found.of("B5/")}, subject.about, request.options["B5"])
@@ -501,14 +504,14 @@ def test_without_outliers_the_highest_norms_stand_for_them():
     assert (norms <= (norms.mean(1) + 3 * norms.std(1))[:, None]).all()
     with pytest.raises(ValueError, match="none of 4 images has a patch"):
         jaxvit.find_register_neurons(model, [images], 3, progress=False)
-    wider, edits, chosen = b5_test_time_registers.with_test_time_registers(model, [images], 2, 3, quantile=0.95)
+    wider, edits, chosen = test_time.with_test_time_registers(model, [images], 2, 3, quantile=0.95)
     assert chosen.no_outliers and chosen.threshold == pytest.approx(np.quantile(norms, 0.95), rel=1e-5)
     expected = jaxvit.find_register_neurons(model, [images], 3, threshold=chosen.threshold, progress=False)
     np.testing.assert_array_equal(chosen.neurons.channel, expected.channel)
     assert wider.config.registers == 2 and list(edits) == ["mlp_post"]
-    top = b5_test_time_registers.find(model, [images], 3, quantile=1.0)  # still the highest one
+    top = test_time.find(model, [images], 3, quantile=1.0)  # still the highest one
     assert top.threshold < norms.max() + 1e-4 and len(top.neurons.layer) == 3
-    early = b5_test_time_registers.find(model, [images], 3, top_layer=0)
+    early = test_time.find(model, [images], 3, top_layer=0)
     assert early.neurons.layer.tolist() == [0, 0, 0]
 
 
@@ -524,7 +527,7 @@ def test_a_model_with_test_time_registers_is_a_subject_of_its_own(tmp_path):
     model, sources = planted()
     e = b5_test_time_registers
     request = request_of(sources, [b4_outliers.EXPERIMENT])
-    subject = e.appended(Subject(about_of(model), model), request, 2)
+    subject = test_time.appended(Subject(about_of(model), model), request, 2)
     assert (subject.about.registers, subject.about.registers_are) == (2, "test-time")
     assert ViTConfig.from_dict(subject.about.config) == subject.model.config
     told = subject.about.source["test-time registers"]
@@ -536,7 +539,7 @@ def test_a_model_with_test_time_registers_is_a_subject_of_its_own(tmp_path):
     moved = np.linalg.norm(run(subject.model, images, subject.edits).tokens[:4, 3:], axis=-1).max(1)
     assert (moved < 0.5 * plain).all()
     with pytest.raises(ValueError, match="model has registers"):
-        e.appended(subject, request)
+        test_time.appended(subject, request)
 
 
 # --- B6

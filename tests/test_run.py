@@ -347,7 +347,7 @@ def test_a_dry_run_of_the_paper(capsys, monkeypatch, tmp_path):
         assert words in told
     giant = next(line for line in told.splitlines() if "facebook/dinov2-giant" in line)
     assert "1136" in giant and "4.5" in giant and "to fetch" in giant
-    assert re.search(r"every layer \(B3\): up to 7\.5 GB", told)
+    assert re.search(r"what B3 sums up over images: up to 7\.5 GB", told)
     assert re.search(r"to fetch: at least \d+\.\d GB", told) and re.search(r"time on this machine .*: \d+", told)
     assert not list(tmp_path.iterdir())
 
@@ -357,6 +357,7 @@ def test_a_dry_run_of_the_paper(capsys, monkeypatch, tmp_path):
     [
         (["--a4-l2", "0"], "not at least"),
         (["--b3-stride", "0"], "not at least 1"),
+        (["--labelled-per-class", "1"], "not at least 2"),
         (["--a4-draws", "many"], "not a whole number"),
         (["--control-images", "-1"], "at least 0"),
         (["--batch-size", "0"], "at least 1"),

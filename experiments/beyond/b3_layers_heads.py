@@ -39,13 +39,13 @@ import numpy as np
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from jaxvit import ViT
+from jaxvit import ViT, ViTConfig
 from jaxvit.analysis.decompose import einsum, projection_shares, readout
 
 from ..core import charts
+from ..core.cka import plain_cka
 from ..core.experiment import About, Experiment, Found, Measured, Option, Pairs, Results, Table, View
 from ..core.trace import Trace, by_source
-from ..paper.a3_update_cka import plain
 
 PARTS = ("patches", "registers", "cls")
 
@@ -85,7 +85,7 @@ class LayersHeads(Experiment):
 
     def numbers(self, found: Mapping[str, Found], about: About, options: Mapping[str, Any]) -> dict[str, Any]:
         clean = found["clean"]
-        cka = {kind: {name: plain(each) for name, each in of.results().items()} for kind, of in clean.cka.items()}
+        cka = {kind: {name: plain_cka(each) for name, each in of.results().items()} for kind, of in clean.cka.items()}
 
         def means(kind: str) -> dict[str, Any]:
             names = [name for name in clean.sums if name.startswith(f"{kind} ")]
@@ -96,6 +96,11 @@ class LayersHeads(Experiment):
         return {"n": clean.n, "layers": layers, **cka, **{kind + "s": means(kind) for kind in ("norm", "share")}} | {
             "mass": means("mass")
         }
+
+    def moments(self, config: ViTConfig, options: Mapping[str, Any]) -> int:
+        """D x D matrices of the update, its parts and the skip path."""
+        parts = 3 if config.registers else 2
+        return -(-config.depth // options["stride"]) * (1 + 2 * parts + 3) * 8 * config.width**2
 
     def table(self, results: Results, models: Mapping[str, About]) -> Table | None:
         """The last layer beside the one in the middle and the first."""

@@ -25,15 +25,17 @@ What to know: neurons are found and tested on the same images, as those who use 
 size of activation alone, so late neurons that are large everywhere may be among them; `top_layer` leaves late layers
 out. As with trained registers, a norm that has moved says nothing on whether features are better.
 
+How neurons are found is also how --test-time-registers makes a model: these options are --test-time-registers-neurons,
+-images, -layer, -top-layer and -quantile; `seed` is --test-time-registers-seed.
+
 While neurons are sought, up to 4 images are run at a time and the activations of all neurons of all layers are
 held: 0.9 GB an image for a giant (40 layers of 4096) at 518 pixels, 0.2 GB at 224.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +43,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-import jaxvit
-from jaxvit import Batch, Neurons, Relocate, Take, ViT, add_registers, find_register_neurons, over_images
+from jaxvit import Neurons, Relocate, ViT, add_registers
 from jaxvit.analysis.similarity import cosine
 from jaxvit.interventions.constructors import select
 from jaxvit.model.edits import Edits
@@ -52,150 +53,18 @@ from ..core.experiment import About, Claim, Experiment, Found, Measured, Option,
 from ..core.experiment import summary as summary_of
 from ..core.passes import Pass, Request
 from ..core.trace import Trace, observe, widened
+from ..models.test_time import NAME, OPTIONS, batches_of, find, how_of, in_words, options_of
 
 RUNS = ("plain", "empty", "random neurons", "register neurons")
 COLOURS = dict(zip(RUNS, ("#50555c", SIZES[1], "#e0a100", "#d55e00"), strict=True))
-AT_ONCE = 4
-"""Images at a time while neurons are sought: the activations of all neurons of all layers are held."""
-OPTIONS = (
-    Option("neurons", 20, "how many neurons are moved", least=1),
-    Option("images", 64, "on how many images they are found", least=1),
-    Option("layer", -1, "after which block, from 0, norms tell outliers; negative: from the end"),
-    Option("top_layer", -1, "neurons are sought up to this layer, from 0, and not beyond `layer`"),
-    Option("quantile", 0.995, "of all patches' norms; what is above stands for outliers where there are none", least=0),
-    Option("seed", 0, "of the random neurons", least=0),
-)
-
-
-class Chosen(NamedTuple):
-    """Neurons, and how they were found.
-
-    Attributes:
-      threshold: the norm above which a patch counted as an outlier; NaN: mean + 3 standard deviations of its image.
-    """
-
-    neurons: Neurons
-    threshold: float
-
-    @property
-    def no_outliers(self) -> bool:
-        return not np.isnan(self.threshold)
-
-
-def find(
-    model: ViT,
-    batches: Sequence[Batch | Array],
-    count: int = 20,
-    *,
-    layer: int = -1,
-    top_layer: int = -1,
-    quantile: float = 0.995,
-) -> Chosen:
-    """Register neurons, of any model: where no patch is an outlier, of the patches whose norm is above a quantile of
-    the norms of all patches of all images.
-
-    Args:
-      batches: is gone through up to three times.
-      layer, top_layer, quantile: as the options.
-
-    Raises:
-      ValueError: no images, or no layer of these numbers.
-    """
-    depth = model.config.depth
-    layers = range(min(top_layer % depth, layer % depth) + 1)
-    search = dict(outliers_at=layer, layers=layers, progress=False)
-
-    def norms(model: ViT, images: Array) -> Array:
-        stream = model(images, record={"resid_post": Take(layers=layer)}).trace["resid_post"][0]
-        return jnp.linalg.norm(stream[:, model.prefix :], axis=-1)
-
-    every = over_images(norms, model, batches, progress=False)
-    limits = every.mean(axis=1) + 3 * every.std(axis=1)
-    if (every > limits[:, None]).any():
-        try:
-            return Chosen(find_register_neurons(model, batches, count, **search), float("nan"))
-        except ValueError as error:  # one patch, at the limit to the last bit
-            if "has a patch whose norm is above" not in str(error):
-                raise
-    # Below the largest norm even where all are alike.
-    threshold = min(float(np.quantile(every, quantile)), float(np.nextafter(every.max(), np.float32(0))))
-    return Chosen(find_register_neurons(model, batches, count, threshold=threshold, **search), threshold)
-
-
-def with_test_time_registers(
-    model: ViT, batches: Sequence[Batch | Array], count: int = 1, neurons: int = 20, **how: Any
-) -> tuple[ViT, Edits, Chosen]:
-    """The model with `count` appended registers, the edits that make them test-time registers, and the neurons.
-
-    Args:
-      how: as of `find`, which also finds neurons in models without outliers.
-    """
-    chosen = find(model, batches, neurons, **how)
-    return *jaxvit.test_time_registers(model, chosen.neurons, count), chosen
-
-
-def appended(subject: Subject, request: Request, count: int = 1) -> Subject:
-    """The same model with `count` test-time registers, as a subject of its own; how it was made is in its source.
-
-    Raises:
-      ValueError: a model with registers; no image.
-    """
-    if subject.model.config.registers:
-        raise ValueError(f"{subject.about.name} has registers; test-time registers are for models trained without")
-    options = options_of(request)
-    found = with_test_time_registers(
-        subject.model, batches_of(request, subject.model), count, options["neurons"], **how_of(options)
-    )
-    wider, edits, chosen = found
-    told = {
-        "count": count,
-        "images": min(options["images"], len(request.images)),
-        "options": options,
-        "no outliers": chosen.no_outliers,
-        "threshold": None if np.isnan(chosen.threshold) else chosen.threshold,
-        "neurons": in_words(chosen.neurons),
-    }
-    about = replace(
-        subject.about,
-        registers=wider.config.registers,
-        registers_are="test-time",
-        config=wider.config.to_dict(),
-        source={**subject.about.source, "test-time registers": told},
-    )
-    return Subject(about, wider, edits)
-
-
-def options_of(request: Request) -> dict[str, Any]:
-    return {option.name: option.default for option in OPTIONS} | dict(request.options.get("B5", {}))
-
-
-def made_of(request: Request) -> dict[str, Any]:
-    """What the neurons depend on, beside the model."""
-    images = request.images[: options_of(request)["images"]]
-    return {"options": options_of(request), "images": list(map(str, images)), "size": request.size}
-
-
-def how_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in ("layer", "top_layer", "quantile")}
-
-
-def batches_of(request: Request, model: ViT) -> list[Batch]:
-    """The images on which neurons are found."""
-    sources = request.images[: options_of(request)["images"]]
-    size = min(request.batch_size, AT_ONCE)
-    return list(jaxvit.stream(sources, model.config, size, request.size, on_error=lambda name, error: None))
-
-
-def in_words(neurons: Neurons) -> list[dict[str, Any]]:
-    rows = zip(*(np.asarray(a).tolist() for a in neurons), strict=True)
-    return [{"layer": layer, "channel": channel, "score": score} for layer, channel, score in rows]
 
 
 class TestTimeRegisters(Pass):
     """Models without registers, as they are and with one test-time register, on the first `control_images` images."""
 
     __test__ = False  # the name is not one of a test
-    name = "test-time registers"
+    name = NAME
+    options = (*OPTIONS, Option("seed", 0, "of the random neurons", least=0))
 
     def sources(self, request: Request) -> Any:
         return request.images[: request.control_images]
@@ -215,7 +84,7 @@ class TestTimeRegisters(Pass):
         c, neurons = model.config, chosen.neurons
         register = np.zeros((c.depth, c.hidden), np.float32)
         register[neurons.layer, neurons.channel] = 1
-        moved = np.stack([np.zeros_like(register), others(register, options["seed"]), register])
+        moved = np.stack([np.zeros_like(register), others(register, request.options[self.name]["seed"]), register])
         told = {"layer": neurons.layer, "channel": neurons.channel, "score": neurons.score}
         told |= {"threshold": np.asarray(chosen.threshold)}
         return {"moved": moved, "told": {name: np.asarray(value, np.float32) for name, value in told.items()}}
@@ -292,7 +161,6 @@ class Moved(Experiment):
         "[CLS], and the cosine of the final [CLS] with that of the plain run."
     )
     passes = (TestTimeRegisters.name,)
-    options = OPTIONS
 
     def refuses(self, about: About) -> str | None:
         return "the model has registers" if about.registers else None

@@ -83,6 +83,9 @@ class Maps(Experiment):
         patches = jnp.full(len(total), maps["attention"].shape[1], total.dtype)
         return Measured(per_image=per_image, sums={"patches": patches})
 
+    def explained(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {"residual": options["residual"]}
+
     def numbers(self, found: Mapping[str, Found], about: About, options: Mapping[str, Any]) -> dict[str, Any]:
         clean = found["clean"]
         patches = round(float(clean.sums["patches"] / clean.n))

@@ -39,9 +39,9 @@ from jaxvit import ViT
 from jaxvit.analysis.decompose import projection_shares
 
 from ..core import charts
+from ..core.cka import plain_cka
 from ..core.experiment import About, Experiment, Found, Measured, Pairs, Results, Table, View, summary
 from ..core.trace import Trace, by_source, parts
-from ..paper.a3_update_cka import plain
 
 TOLD, NAMED = 10, 2
 """How many images of each end of a ranking are told, and how many below the figure."""
@@ -99,7 +99,7 @@ class OpenQuestions(Experiment):
             },
             "shares": {name: summary(values) for name, values in columns.items()},
             **directions({"patches": cka.covariance(), **{name: cka.covariance(name) for name in cka.results()}}),
-            "cka": {name: plain(each) for name, each in cka.results().items()},
+            "cka": {name: plain_cka(each) for name, each in cka.results().items()},
         }
 
     def table(self, results: Results, models: Mapping[str, About]) -> Table | None:

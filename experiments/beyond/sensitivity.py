@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from jaxvit import ViT
 
 from ..core import charts
+from ..core.cka import plain_cka
 from ..core.experiment import (
     SOURCES,
     About,
@@ -60,6 +61,7 @@ VERDICTS = {True: "holds", False: "does not hold", None: "is undecided"}
 
 class Sensitivity(Experiment):
     id = "sensitivity"
+    alone = True
     title = "Do the readings the paper leaves open matter?"
     shown = (
         "Unbiased CKAs (A3, A9) and mean cosines (A5) under every reading; the default readings are in bold, and a "
@@ -215,7 +217,7 @@ def all_rows(found: Found) -> Iterator[dict[str, Any]]:
         switches = named(renormalise=reading["renormalise"], keep_cls=reading["keep_cls"])
         for name, cka in kinds[f"A3 {reading['stage']}"].items():
             if name.startswith(f"{switches} "):
-                yield row(A3, reading, f"CKA({name.removeprefix(f'{switches} ')})", a3_update_cka.plain(cka))
+                yield row(A3, reading, f"CKA({name.removeprefix(f'{switches} ')})", plain_cka(cka))
     for reading in readings(A5):
         for source in reversed(SOURCES):
             column = source + (a5_patch_cosine.WITHOUT if reading["bias"] == "without" else "")
@@ -226,7 +228,7 @@ def all_rows(found: Found) -> Iterator[dict[str, Any]]:
                 yield row(A5, reading, f"cosine({source})", values)
     for reading in readings(A9):
         for name, cka in kinds[f"A9 {reading['reading']}"].items():
-            yield row(A9, reading, f"CKA({name})", a3_update_cka.plain(cka))
+            yield row(A9, reading, f"CKA({name})", plain_cka(cka))
 
 
 def row(e: Experiment, reading: dict[str, Any], quantity: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from jaxvit import ViT
+from jaxvit import ViT, ViTConfig
 from jaxvit.analysis.similarity import StreamingCKA
 from jaxvit.model.edits import Edits
 
@@ -152,6 +153,8 @@ class Renamed(Mapping[str, Any]):
 class Option(NamedTuple):
     """A choice the paper leaves open; the command line has it as --<id>-<name>, results.json records it.
 
+    A pass has options too, which all experiments that read it share: --<name of the pass>-<name>.
+
     Attributes:
       default: the reading that is taken unless another is asked for. Its type is the option's; False makes a switch.
       choices: what is allowed, if not everything of that type.
@@ -168,7 +171,7 @@ class Option(NamedTuple):
     most: float | None = None
 
     def add_to(self, parser: argparse._ActionsContainer, of: str) -> None:
-        flag, dest = f"--{of.lower()}-{self.name.replace('_', '-')}", f"{of}.{self.name}"
+        flag, dest = f"--{of.lower()}-{self.name}".replace("_", "-").replace(" ", "-"), f"{of}.{self.name}"
         if isinstance(self.default, bool):
             given: dict[str, Any] = dict(action=argparse.BooleanOptionalAction, help=self.help)
         else:
@@ -246,6 +249,7 @@ class Experiment:
       passes: names of the runs over images it reads, see `experiments.core.passes`; "clean" runs are shared by all.
       wants: costly fields of `experiments.core.trace.Trace` it reads.
       controlled: whether it is measured under replacement of registers and [CLS] too.
+      alone: whether it is run only when it is asked for by name.
       options: choices the paper leaves open.
     """
 
@@ -256,7 +260,13 @@ class Experiment:
     passes: ClassVar[tuple[str, ...]] = ("clean",)
     wants: ClassVar[frozenset[str]] = frozenset()
     controlled: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
     options: ClassVar[tuple[Option, ...]] = ()
+
+    @property
+    def help(self) -> str:
+        """The docstring of its module."""
+        return sys.modules[type(self).__module__].__doc__ or ""
 
     def refuses(self, about: About) -> str | None:
         """Why it says nothing about this model, or None."""
@@ -294,6 +304,14 @@ class Experiment:
     def table(self, results: Results, models: Mapping[str, About]) -> Table | None:
         """The main numbers."""
         return None
+
+    def explained(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """With which arguments of `examples.explain` the images that are shown are to be explained."""
+        return {}
+
+    def moments(self, config: ViTConfig, options: Mapping[str, Any]) -> int:
+        """About how many bytes its sums over images take while it runs, if they are many; for --dry-run."""
+        return 0
 
     def figures(self, view: View) -> dict[str, Figure]:
         """Name of a file -> figure, in the paper's arrangement; see `experiments.core.charts`."""

@@ -23,7 +23,7 @@ from jaxtyping import Array
 from jaxvit import ImageError, ViT, find_images
 from jaxvit.model.edits import Edits
 
-from .experiment import About, Measured
+from .experiment import About, Measured, Option
 from .passes import Labelled, Pass, Request, measure_all
 from .trace import observe
 
@@ -224,24 +224,26 @@ def choose(labels: Sequence[int], per_class: int, seed: int) -> np.ndarray:
 
 
 class LabelledImages(Pass):
-    """The model as it is, on images with classes; which of them, the options `per_class` and `seed` of A4 tell. Beside
-    what was measured, every row has `label` and `classes`, the number of all classes.
+    """The model as it is, on images with classes. Beside what was measured, every row has `label` and `classes`, the
+    number of all classes.
     """
 
     name = "labelled"
     private = True
+    options = (
+        Option("per_class", 20, "images of each class to read, drawn at random", least=2),
+        Option("seed", 0, "of the choice of images", least=0),
+    )
 
     def refuses(self, request: Request, about: About) -> str | None:
         if request.labelled is None:
             return f"needs images with classes: --labelled FOLDER or --labelled {PREFIX}NAME"
-        if request.options["A4"]["per_class"] < 2:
-            return "needs --a4-per-class of 2 or more: one image to learn from, one to test on"
         return None
 
     def chosen(self, request: Request) -> np.ndarray:
         """Numbers of the images to read."""
         assert request.labelled is not None, "see `refuses`"
-        options = request.options["A4"]
+        options = request.options[self.name]
         return choose(request.labelled.labels, options["per_class"], options["seed"])
 
     def sources(self, request: Request) -> Sequence[Any]:
@@ -271,6 +273,3 @@ class LabelledImages(Pass):
             return measure_all(experiments, observe(model, images, edits, wants), model, request.options)
 
         return measure
-
-
-PASS = LabelledImages()

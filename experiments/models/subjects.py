@@ -69,7 +69,7 @@ def keys(specs: Sequence[Spec]) -> list[str]:
 
 
 def load(spec: Spec, key: str, dtype: str = "float32") -> Subject:
-    """The model, without its test-time registers, which need images: see `b5_test_time_registers`.
+    """The model, without its test-time registers, which need images: see `experiments.models.test_time`.
 
     Raises:
       convert.ConversionError, jaxvit.CheckpointError: see `convert.load`.

@@ -37,24 +37,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from jaxvit import ViT
 from jaxvit.analysis.decompose import einsum, readout
-from jaxvit.analysis.similarity import CKA
 
 from ..core import charts
+from ..core.cka import cka_bars, cka_images, cka_table, controls_figure, plain_cka, told_ckas, unbiased
 from ..core.claims import (
     TWO,
     Verdict,
     counted,
     falls,
     groups,
-    images_of,
     large_sizes,
     largest_of,
     names,
@@ -67,7 +63,6 @@ from ..core.trace import READINGS, Trace, by_source, cls_reading
 
 ALMOST_ALL = 0.9
 """What counts as a CKA of about 1."""
-ESTIMATES = ("biased", "unbiased", "null")
 
 
 class UpdateCKA(Experiment):
@@ -91,7 +86,7 @@ class UpdateCKA(Experiment):
         return Measured(pairs={"update": readings(trace, model, **options)})
 
     def numbers(self, found: Mapping[str, Found], about: About, options: Mapping[str, Any]) -> dict[str, Any]:
-        ckas = {name: plain(cka) for name, cka in found["clean"].cka["update"].results().items()}
+        ckas = {name: plain_cka(cka) for name, cka in found["clean"].cka["update"].results().items()}
         return ckas | {"reading": dict(options)}
 
     def claims(self, results: Results, models: Mapping[str, About]) -> list[Claim]:
@@ -131,15 +126,15 @@ def falls_in(results: Results, members: Sequence[About]) -> Verdict:
         return Verdict(None, f"needs {members[0].family} {' and '.join(missing)}")
     if not small or not large:
         return Verdict(None, TWO)
-    by = told(results, members, "patches")
-    if few := too_few([images(results, about) for about in members], by):
+    by = told_ckas(results, members, "patches")
+    if few := too_few([cka_images(results, about) for about in members], by):
         return few
     values = {about.key: unbiased(results, about, "patches") for about in members}
     holds = None
     if all(map(math.isfinite, values.values())):
         levels = [[values[about.key] for about in each] for each in (small, *groups(large))]
         holds = min(levels[0]) > ALMOST_ALL and falls(levels)
-    return Verdict(holds, f"{by}; {counted([images(results, about) for about in members])}")
+    return Verdict(holds, f"{by}; {counted([cka_images(results, about) for about in members])}")
 
 
 def overtakes(results: Results, members: Sequence[About]) -> Verdict:
@@ -149,7 +144,7 @@ def overtakes(results: Results, members: Sequence[About]) -> Verdict:
     values = {a.key: [unbiased(results, a, name) for name in ("registers", "patches")] for a in large}
     called = names(members)
     each = (f"{called[key]} {charts.number(a)} against {charts.number(b)}" for key, (a, b) in values.items())
-    by, n = f"unbiased: {', '.join(each)}", [images(results, about) for about in large]
+    by, n = f"unbiased: {', '.join(each)}", [cka_images(results, about) for about in large]
     if few := too_few(n, by):
         return few
     defined = all(math.isfinite(x) for pair in values.values() for x in pair)
@@ -196,104 +191,6 @@ def read(trace: Trace, model: ViT, z_BHd: Float[Array, "B H d"], stage: str) -> 
         return update
     update = update * after.gamma[None]
     return update if stage == "layerscale" else cls_reading(model, trace.skip[-1] + update, stage)  # type: ignore[arg-type]
-
-
-def plain(cka: CKA) -> dict[str, Any]:
-    """For results.json: n, d1, d2, and each estimate, nested lists if there are axes in front."""
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in cka._asdict().items()}
-
-
-def estimate(results: Results, about: About, name: str, which: str) -> float:
-    """NaN where undefined, or where there is no such part."""
-    value = results[about.key].get(name, {}).get(which)
-    return math.nan if value is None else value
-
-
-def unbiased(results: Results, about: About, name: str) -> float:
-    return estimate(results, about, name, "unbiased")
-
-
-def images(results: Results, about: About) -> int:
-    return images_of(results[about.key].get("patches"))
-
-
-def told(results: Results, models: Sequence[About], name: str) -> str:
-    """Both estimates of each model."""
-    called = names(models)
-    each = (
-        f"{called[about.key]} {charts.number(unbiased(results, about, name))} "
-        f"({charts.number(estimate(results, about, name, 'biased'))})"
-        for about in models
-    )
-    return f"unbiased (biased): {', '.join(each)}"
-
-
-def cka_table(results: Results, models: Mapping[str, About], names: Sequence[str]) -> Table | None:
-    """One row a model: each CKA as unbiased (biased, null)."""
-    shown = [about for about in charts.ordered(models) if about.key in results]
-    if not shown:
-        return None
-    rows = []
-    for about in shown:
-        first = results[about.key]["patches"]
-        cells = []
-        for name in names:
-            values = {which: charts.number(estimate(results, about, name, which)) for which in ESTIMATES}
-            there = name in results[about.key]
-            cells.append("{unbiased} ({biased}, {null})".format(**values) if there else "–")  # noqa: RUF001
-        rows.append((about.name, str(first["n"]), str(first["d1"]), *cells))
-    head = ("model", "images", "d", *(charts.LABELS.get(name, name) for name in names))
-    return Table(head, rows, "unbiased (biased, mean of the biased one over all orders of the images)")
-
-
-def cka_bars(axes: Axes, results: Results, models: Sequence[About], names: Sequence[str], legend: bool = True) -> None:
-    """One group of bars a model: unbiased CKA as bars, biased as circles, null as dashes."""
-    labels = {name: charts.LABELS[name] for name in names}
-
-    def series(which: str) -> dict[str, list[float]]:
-        return {labels[name]: [estimate(results, about, name, which) for about in models] for name in names}
-
-    colours = {labels[name]: charts.COLOURS[name] for name in names}
-    charts.bars(axes, series("unbiased"), [charts.short(about) for about in models], colours, marks=series("null"))
-    width = 0.8 / len(names)
-    for i, (label, values) in enumerate(series("biased").items()):
-        x = np.arange(len(models)) + (i - (len(names) - 1) / 2) * width
-        axes.plot(x, values, "o", markerfacecolor="white", markeredgecolor=charts.INK, markersize=5, label=f"_{label}")
-    axes.set_ylim(min(0, axes.get_ylim()[0]), 1.05)
-    axes.set_ylabel("linear CKA")
-    if not legend:
-        return
-    signs = [
-        Line2D([], [], marker="o", color="none", markerfacecolor="white", markeredgecolor=charts.INK, label="biased"),
-        Line2D([], [], color=charts.INK, linewidth=1.6, label="null of the biased"),
-    ]
-    bars = axes.get_legend_handles_labels()[0]
-    axes.figure.legend(handles=[*bars, *signs], loc="outside lower center", ncols=len(names) + 2)
-
-
-def controls_figure(view: View, names: Sequence[str]) -> Figure | None:
-    """The unbiased CKAs under each replacement control, one chart a model; None if there are no controls."""
-    shown = [about for about in charts.ordered(view.models) if view.results.get(about.key, {}).get("controls")]
-    if not shown:
-        return None
-    most = max(len(view.results[about.key]["controls"]) for about in shown)
-    figure, axes = charts.canvas(
-        len(shown), width=1.8 + 2.4 * len(shown), height=1.2 + 0.2 * most, squeeze=False, sharex=True
-    )
-    for about, chart in zip(shown, axes[0], strict=True):
-        controls = {"none": view.results[about.key], **view.results[about.key]["controls"]}
-        for name in names:
-            values = [unbiased({about.key: each}, about, name) for each in controls.values()]
-            if np.isfinite(values).any():
-                chart.plot(values, range(len(values)), "o", color=charts.COLOURS[name], label=charts.LABELS[name])
-        chart.set_yticks(range(len(controls)), list(controls))
-        chart.invert_yaxis()
-        chart.set_title(charts.short(about).replace("\n", " "))
-        chart.set_xlabel("CKA, unbiased")
-        chart.grid(True, axis="both")
-    handles, labels = max((chart.get_legend_handles_labels() for chart in axes[0]), key=lambda each: len(each[0]))
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(names))
-    return figure
 
 
 EXPERIMENT = UpdateCKA()

@@ -21,12 +21,12 @@ mean by cosine (here the one training image).
 
 Options:
 
-  draws       how many pairs of a training and a test image are drawn of each class
-  per_class   how many images of each class the model reads. Draws share no image as long as every class has two for
-              each draw. If classes are too small, we keep the draws that share no image. If fewer than two remain, we
+  draws       how many pairs of a training and a test image are drawn of each class. Draws share no image as long as
+              every class has two for each draw: --labelled-per-class says how many images of each class the model
+              reads. If classes are too small, we keep the draws that share no image. If fewer than two remain, we
               reuse images and decide no statement: the intervals are then too short, as they are about other draws
               from these images and not about other images
-  seed        of the choice of images and of draws
+  seed        of the draws
   stage       at which place outputs are read
   bias        leave the bias of the output projection in all outputs at `layerscale`, where zeroed attention leaves it
   keep_cls    leave the attention of [CLS] to itself in the patches' and the registers' part
@@ -59,7 +59,6 @@ from ..core import charts
 from ..core.claims import FAR, TWO, Verdict, names, sides, tested
 from ..core.classify import Classifier, accuracy, logistic_regression, nearest_mean, t_interval, unit
 from ..core.experiment import SOURCES, About, Claim, Experiment, Found, Measured, Option, Results, Table, View
-from ..core.labelled import PASS as PASS  # of the registry
 from ..core.trace import Trace, cls_reading, parts
 
 STAGES = ("layerscale", "final")
@@ -82,8 +81,7 @@ class OneShot(Experiment):
     passes = ("labelled",)
     options = (
         Option("draws", 10, "pairs of a training and a test image drawn of each class", late=True, least=1),
-        Option("per_class", 20, "images of each class to read; up to half of that many draws share none", least=2),
-        Option("seed", 0, "of the choice of images and of draws", least=0),
+        Option("seed", 0, "of the draws", late=True, least=0),
         Option("stage", "both", "where outputs are read", (*STAGES, "both")),
         Option("bias", True, "leave the bias of the output projection in all outputs"),
         Option("keep_cls", False, "leave the attention of [CLS] to itself in the patches' and the registers' part"),

@@ -33,10 +33,10 @@ from matplotlib.figure import Figure
 from jaxvit import ViT
 
 from ..core import charts
+from ..core.cka import cka_bars, cka_images, cka_table, controls_figure, plain_cka, told_ckas, unbiased
 from ..core.claims import TWO, Verdict, counted, falls, groups, sides, tested, too_few
 from ..core.experiment import About, Claim, Experiment, Found, Measured, Option, Pairs, Results, Table, View
 from ..core.trace import Trace, cls_reading, parts
-from .a3_update_cka import cka_bars, cka_table, controls_figure, images, plain, told, unbiased
 
 NAMES = ("patches", "skip", "registers", "cls")
 RISE = 0.02
@@ -60,7 +60,7 @@ class SkipCKA(Experiment):
         return Measured(pairs={"stream": readings(trace, model, options["reading"])})
 
     def numbers(self, found: Mapping[str, Found], about: About, options: Mapping[str, Any]) -> dict[str, Any]:
-        ckas = {name: plain(cka) for name, cka in found["clean"].cka["stream"].results().items()}
+        ckas = {name: plain_cka(cka) for name, cka in found["clean"].cka["stream"].results().items()}
         return ckas | {"reading": dict(options)}
 
     def claims(self, results: Results, models: Mapping[str, About]) -> list[Claim]:
@@ -72,7 +72,7 @@ class SkipCKA(Experiment):
         def test(members: list[About]) -> Verdict:
             if not all(sides(members)):
                 return Verdict(None, TWO)
-            by, n = told(results, members, "patches"), [images(results, about) for about in members]
+            by, n = told_ckas(results, members, "patches"), [cka_images(results, about) for about in members]
             if few := too_few(n, by):
                 return few
             levels = [[unbiased(results, about, "patches") for about in group] for group in groups(members)]

@@ -19,6 +19,7 @@ from jaxvit.io.checkpoint import replacing_file
 from ..core.charts import COLOURS, inline_svg, listed, ordered, styled
 from ..core.controls import NONE, in_order
 from ..core.experiment import About, Experiment, Option, Table
+from ..core.passes import Pass
 from ..models import embedded
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -35,6 +36,7 @@ def write_report(
     experiments: Sequence[Experiment],
     figures: Mapping[str, Mapping[str, Figure]],
     explorer: str | None = None,
+    passes: Sequence[Pass] = (),
 ) -> None:
     """Writes report.html into `out`: the same bytes for the same input.
 
@@ -44,11 +46,12 @@ def write_report(
       figures: id of an experiment -> name -> figure, as `Experiment.figures` gives. What `charts.caption` said of a
         figure stands under it, else what `Experiment.shown` says of all.
       explorer: where the link to the explorer leads, from `out`; None is no link.
+      passes: whose options are told beside those of the experiments that read them.
     """
     told = sorted((e for e in experiments if e.id in results["experiments"]), key=place)
     models = {key: about(entry) for key, entry in results["models"].items()}
     with styled():
-        sections = [section(e, results, models, figures.get(e.id, {})) for e in told]
+        sections = [section(e, results, models, figures.get(e.id, {}), passes) for e in told]
     fragments = {
         "colours": "; ".join(f"--{name}: {colour}" for name, colour in COLOURS.items()),
         "run": escape(" · ".join(run_in_words(results, models, told))),
@@ -366,7 +369,11 @@ def sources(results: Mapping[str, Any], models: Mapping[str, About]) -> str:
 
 
 def section(
-    e: Experiment, results: Mapping[str, Any], models: Mapping[str, About], figures: Mapping[str, Figure]
+    e: Experiment,
+    results: Mapping[str, Any],
+    models: Mapping[str, About],
+    figures: Mapping[str, Figure],
+    passes: Sequence[Pass],
 ) -> str:
     each = results["experiments"][e.id]["results"]
     tag = f' <span class="tag">paper’s {escape(e.figure)}</span>' if e.figure else ""
@@ -387,7 +394,7 @@ def section(
     if claims := claims_in_order(c for c in results["claims"] if c["experiment"] == e.id):
         parts.append(f'<h3 id="{claims_id(e)}">Claims</h3>{claims_table(claims)}')
     run = numbers_of_images(e, results, models) + left_out(e, results, models)
-    parts.append(f'<div class="notes"><div>{run}</div>{choices(e, results)}</div>')
+    parts.append(f'<div class="notes"><div>{run}</div>{choices(e, results, passes)}</div>')
     parts.append(controls(e, each, results, models))
     return "".join(parts) + "</section>"
 
@@ -472,12 +479,13 @@ def numbers_of_images(e: Experiment, results: Mapping[str, Any], models: Mapping
     return text
 
 
-def choices(e: Experiment, results: Mapping[str, Any]) -> str:
-    """Every choice the paper leaves open, as it was taken."""
-    taken = results.get("options", {}).get(e.id, {})
-    if not e.options:
+def choices(e: Experiment, results: Mapping[str, Any], passes: Sequence[Pass]) -> str:
+    """Every choice the paper leaves open, as it was taken, and those of the passes it reads."""
+    found = [(o, e.id) for o in e.options] + [(o, p.name) for p in passes if p.name in e.passes for o in p.options]
+    if not found:
         return ""
-    items = "".join(f"<li>{choice(o, taken.get(o.name, o.default))}</li>" for o in e.options)
+    taken = results.get("options", {})
+    items = "".join(f"<li>{choice(o, taken.get(of, {}).get(o.name, o.default))}</li>" for o, of in found)
     return f'<div class="note"><b>Choices.</b><ul>{items}</ul></div>'
 
 

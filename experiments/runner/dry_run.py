@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -30,18 +31,18 @@ def announce(specs: Sequence[Spec], request: Request, preset: str | None, folder
     where = str(folder) if request.images else "to be given with --images"
     print(f"images: {images}, {where}")
     labelled = len(request.labelled.sources) if request.labelled else 0
-    if any("labelled" in e.passes for e in request.experiments):
-        most = request.options["A4"]["per_class"]
+    if reading := [e.id for e in request.experiments if "labelled" in e.passes]:
+        most = request.options["labelled"]["per_class"]
         if request.labelled:
             labelled = min(labelled, most * len(request.labelled.classes))
         elif preset == "paper":
             labelled = most * presets.IMAGENET_CLASSES
-        print(f"labelled images, for A4: {labelled or 'none, to be given with --labelled'}")
+        print(f"labelled images, for {', '.join(reading)}: {labelled or 'none, to be given with --labelled'}")
     print(f"experiments: {', '.join(e.id for e in request.experiments)}")
     print("timing this machine ..", flush=True)
     rates = {width: measured(width) for width in WIDTHS}
     print(f"\n{'model':32}{'parameters':>12}{'float32':>10}  {'weights':12}{'forward':>10}{'estimate':>10}  source")
-    total, fetch, memory = 0.0, 0.0, 0.0
+    total, fetch, memory = 0.0, 0.0, dict[str, int]()
     for spec in specs:
         config = config_of(spec)
         if config is None:
@@ -52,15 +53,18 @@ def announce(specs: Sequence[Spec], request: Request, preset: str | None, folder
         seconds = once / np.interp(config.width, WIDTHS, [rates[w] for w in WIDTHS])
         whole = seconds * forwards(config.registers + spec.test_time_registers, request, images, labelled, spec)
         total += whole
-        memory = max(memory, moments(config, config.registers + spec.test_time_registers, request))
+        wider = replace(config, registers=config.registers + spec.test_time_registers)
+        for e in request.experiments:
+            memory[e.id] = max(memory.get(e.id, 0), e.moments(wider, request.options[e.id]))
         state = weights(spec)
         fetch += 4e-9 * parameters if state == "to fetch" else 0
         sizes = f"{parameters / 1e6:>10.1f} M{4e-9 * parameters:>7.2f} GB"
         print(f"{spec.title:32}{sizes}  {state:12}{1e3 * seconds:>7.0f} ms{spell(whole):>10}  {spec.source}")
     print(f"\nto fetch: at least {fetch:.1f} GB (a CLIP's file also holds its text side)")
     print(f"time on this machine ({jax.devices()[0].device_kind}, {jax.local_device_count()} devices): {spell(total)}")
-    if memory:
-        print(f"memory for the CKAs of every layer (B3): up to {memory:.1f} GB; --b3-stride 4 takes a quarter of it")
+    for id, most in memory.items():
+        if most:
+            print(f"memory for what {id} sums up over images: up to {1e-9 * most:.1f} GB; see jaxvit {id} --help")
     for note in presets.PRESETS[preset]().notes if preset else ():
         print(f"note: {note}")
 
@@ -74,15 +78,6 @@ def forwards(registers: int, request: Request, images: int, labelled: int, spec:
     count += (1 + every) * controlled if "controls" in passes else 0
     count += labelled if "labelled" in passes else 0
     return count + (3 * controlled if "test-time registers" in passes and not registers else 0)
-
-
-def moments(config: ViTConfig, registers: int, request: Request) -> float:
-    """GB of what B3 sums up over images: D x D matrices in float64, of the update, its parts and the skip path."""
-    if all(e.id != "B3" for e in request.experiments):
-        return 0.0
-    parts = 3 if registers else 2
-    layers = -(-config.depth // request.options["B3"]["stride"])
-    return 1e-9 * layers * (1 + 2 * parts + 3) * 8 * config.width**2
 
 
 def config_of(spec: Spec) -> ViTConfig | None:

@@ -25,11 +25,11 @@ import jax
 from jaxvit import ImageError, ViTConfig, convert
 from jaxvit.io.checkpoint import replacing_file
 
-from ..beyond import b5_test_time_registers
 from ..core import examples
 from ..core.examples import Example
 from ..core.experiment import About, Experiment, Found, Subject
 from ..core.passes import Pass, Request
+from ..models import test_time
 from ..models.subjects import Spec, load
 from .registry import PASSES
 from .store import Store, run_pass
@@ -83,7 +83,7 @@ class Model:
         self.folder = place.out / "progress" / key
         identity = spec.identity | {"dtype": place.dtype}
         if spec.test_time_registers:  # which are made of the images
-            identity["test-time registers"] = b5_test_time_registers.made_of(request)
+            identity["test-time registers"] = test_time.made_of(request)
         self.identity = json.loads(json.dumps(identity))
         self.loaded: Subject | None = None
         self.seconds: dict[str, float] = {}
@@ -106,7 +106,7 @@ class Model:
             started = time.perf_counter()
             subject = load(self.spec, self.key, self.place.dtype)
             if count := self.spec.test_time_registers:
-                subject = b5_test_time_registers.appended(subject, self.request, count)
+                subject = test_time.appended(subject, self.request, count)
             self.loaded = subject
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing_file(self.folder / "about.json") as temporary:
@@ -243,16 +243,18 @@ class Model:
             return []
         path = place.out / "examples" / f"{self.key}.npz"
         paths = [self.request.images[i] for i in place.show]
-        residual = self.request.options.get("B6", {}).get("residual", 0.5)
+        how: dict[str, Any] = {}
+        for e in self.request.experiments:
+            how |= e.explained(self.request.options[e.id])
         asked = {"version": VERSION, "model": self.identity, "images": place.digest(paths, ages=True), "size": size}
-        asked["residual"] = residual
+        asked |= how
         note = self.folder / "examples.json"
         try:
             if json.loads(note.read_text()) == json.loads(json.dumps(asked)):
                 return examples.load(path)
         except (OSError, ValueError, KeyError):
             pass
-        found = examples.explain(self.subject, paths, list(map(place.name, paths)), size, residual)
+        found = examples.explain(self.subject, paths, list(map(place.name, paths)), size, **how)
         path.parent.mkdir(parents=True, exist_ok=True)
         examples.save(found, path)
         with replacing_file(note) as temporary:

@@ -1,52 +1,30 @@
-"""All experiments, in the order of the report, and all passes, in the order they run."""
+"""All experiments, in the order of the report, and all passes, in the order they run.
+
+A module of the rooms `paper` and `beyond` that has `EXPERIMENT` is one; `PASS` is a pass of its own, if it needs one.
+"""
 
 from __future__ import annotations
 
-from ..beyond import (
-    b1_token_flow,
-    b2_replacement,
-    b3_layers_heads,
-    b4_outliers,
-    b5_test_time_registers,
-    b6_rollout,
-    b7_open_questions,
-    sensitivity,
-)
-from ..core import labelled
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+
+from .. import beyond, paper
 from ..core.controls import Controls
 from ..core.experiment import Experiment
+from ..core.labelled import LabelledImages
 from ..core.passes import Clean, Pass
-from ..paper import (
-    a1_attention_mass,
-    a2_top_register,
-    a3_update_cka,
-    a4_one_shot,
-    a5_patch_cosine,
-    a6_gram_split,
-    a7_norms,
-    a8_depth_cosine,
-    a9_skip_cka,
-)
 
-MODULES = (
-    a1_attention_mass,
-    a2_top_register,
-    a3_update_cka,
-    a4_one_shot,
-    a5_patch_cosine,
-    a6_gram_split,
-    a7_norms,
-    a8_depth_cosine,
-    a9_skip_cka,
-    b1_token_flow,
-    b2_replacement,
-    b3_layers_heads,
-    b4_outliers,
-    b5_test_time_registers,
-    b6_rollout,
-    b7_open_questions,
-)
-SENSITIVITY: Experiment = sensitivity.EXPERIMENT
-EXPERIMENTS: dict[str, Experiment] = {module.EXPERIMENT.id: module.EXPERIMENT for module in MODULES}
-HELP: dict[str, str] = {module.EXPERIMENT.id: module.__doc__ or "" for module in MODULES}
-PASSES: list[Pass] = [Clean(), Controls(), labelled.PASS, b5_test_time_registers.PASS]
+
+def modules_of(room: ModuleType) -> list[ModuleType]:
+    """Those that hold an experiment, by name."""
+    found = (import_module(f"{room.__name__}.{each.name}") for each in iter_modules(room.__path__))
+    return [module for module in found if hasattr(module, "EXPERIMENT")]
+
+
+MODULES = [*modules_of(paper), *modules_of(beyond)]
+EVERY: dict[str, Experiment] = {module.EXPERIMENT.id: module.EXPERIMENT for module in MODULES}
+EXPERIMENTS: dict[str, Experiment] = {id: e for id, e in EVERY.items() if not e.alone}
+"""Those that are run where none is asked for by name."""
+PASSES: list[Pass] = [Clean(), Controls(), LabelledImages()]
+PASSES += [module.PASS for module in MODULES if hasattr(module, "PASS")]

@@ -210,7 +210,7 @@ class Session:
                 for name, figure in figures[e.id].items():
                     write_figure(figure, self.out / "figures", name)
             write_explorer(self.out, shown, models)
-            write_report(self.out, results, self.request.experiments, figures, "explorer.html")
+            write_report(self.out, results, self.request.experiments, figures, "explorer.html", PASSES)
 
 
 class Finished(NamedTuple):
