@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,13 +34,11 @@ from .core.passes import Request
 from .models import embedded, presets, test_time
 from .models.subjects import Spec
 from .runner.dry_run import announce
+from .runner.folder import alone, present
 from .runner.progress import Place
 from .runner.registry import EVERY, EXPERIMENTS, PASSES
 from .runner.session import Session
 
-OWN = ("results.json", "report.html", "explorer.html", "timings.json", "explorer", "figures", "per_image", "examples")
-LOCK = ".lock"
-OWN = (*OWN, "progress")
 ROWS = 12
 """Of a table that are printed where there are several tables."""
 EXPECTED = (convert.ConversionError, jaxvit.CheckpointError, jaxvit.ImageError, embedded.DataError, ValueError)
@@ -191,7 +188,6 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         announce(specs, request, options.preset, root)
         return 0
-    check_place(options)
     if options.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     if options.precision == "highest":
@@ -199,24 +195,13 @@ def run(options: argparse.Namespace) -> int:
     devices = jax.local_devices()[: options.devices]
     place = Place(options.out, root, shown(images, root, options), options.dtype, devices)
     with alone(options.out):
+        if present(options.out) and not (options.resume or options.overwrite):
+            raise ValueError(f"{options.out} holds results: --resume goes on with them, --overwrite replaces them")
         session = Session(place, specs, request, command_line())
+        if present(options.out) and options.overwrite:
+            session.overwrite()
         tell(session.run(), session, experiments)
     return 1 if session.failed else 0
-
-
-@contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Raises a ValueError if another process writes to the same folder."""
-    with open(out / LOCK, "w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing to {out}: wait for it, or choose another --out") from None
-        except (ImportError, OSError):  # no locks, on this system or file system
-            pass
-        yield
 
 
 def models_and_images(options: argparse.Namespace) -> tuple[list[Spec], list[Path], Path]:
@@ -279,22 +264,6 @@ def shown(images: Sequence[Path], root: Path, options: argparse.Namespace) -> li
     matching.sort(key=lambda i: names[i])
     every = np.linspace(0, len(matching) - 1, min(options.examples, len(matching))).round().astype(int)
     return [matching[i] for i in every]
-
-
-def check_place(options: argparse.Namespace) -> None:
-    """Raises a ValueError if --out holds what must not be touched; empties it where that was asked for."""
-    out: Path = options.out
-    present = sorted(path.name for path in out.iterdir() if path.name[0] != ".") if out.is_dir() else []
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: choose another --out")
-    if foreign := [name for name in present if name not in OWN]:
-        raise ValueError(f"{out} holds files of another origin, such as {foreign[0]}: choose another --out")
-    if present and options.overwrite:
-        for name in present:
-            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
-    elif present and not options.resume:
-        raise ValueError(f"{out} holds results: --resume goes on with them, --overwrite replaces them")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def command_line() -> str:

@@ -19,8 +19,9 @@ from conftest import TINY, random_model
 from PIL import Image
 
 import jaxvit
-from experiments.__main__ import alone, main
+from experiments.__main__ import main
 from experiments.runner import dry_run
+from experiments.runner.folder import alone
 from experiments.runner.registry import EXPERIMENTS
 from jaxvit import Preprocess, ViTConfig
 
@@ -248,6 +249,19 @@ def test_one_run_at_a_time_writes_to_a_folder(tmp_path, capsys):
         pass
     with alone(tmp_path):
         pass
+
+
+def test_what_is_there_is_not_emptied_under_a_live_run_or_for_a_run_without_models(tmp_path, arguments, few, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(few, out)
+    before = fingerprint(out) | {str(path): "" for path in out.rglob("*")}
+    with alone(out):
+        assert main(["run", *arguments, *FEW, "--out", str(out), "--overwrite"]) == 1
+        assert "another run is writing" in capsys.readouterr().err
+    missing = [*arguments[:1], "gone=no/such/place/at/all", *arguments[1:]]
+    assert main(["run", *missing, *FEW, "--out", str(out), "--overwrite"]) == 1
+    assert "gone cannot be run" in (error := capsys.readouterr().err) and "nothing in" in error
+    assert fingerprint(out) | {str(path): "" for path in out.rglob("*")} == before
 
 
 def test_eight_devices_give_what_one_gives(tmp_path, arguments, environment, few):

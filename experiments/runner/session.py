@@ -32,15 +32,18 @@ from ..core.charts import styled, write_figure
 from ..core.examples import Example
 from ..core.experiment import About, Found, View
 from ..core.passes import Request
-from ..models.subjects import Spec, keys
+from ..models.subjects import Spec, keys, load
 from ..report.explorer import write_explorer
 from ..report.report import write_report
+from .folder import empty
 from .progress import Model, Place, narrowed, plain
 from .registry import PASSES
 from .store import Store
 
 SCHEMA = 1
 TIMING = "timings.json"
+UNUSABLE = (convert.ConversionError, CheckpointError, ImageError, MemoryError, jax.errors.JaxRuntimeError)
+"""What a model may raise that cannot be run; others are run without it."""
 
 
 class Session:
@@ -51,6 +54,20 @@ class Session:
         self.out = place.out
         self.models: dict[str, Finished] = {}
         self.failed: dict[str, dict[str, str]] = {}
+
+    def overwrite(self) -> None:
+        """Removes what earlier runs left, once all models of this run are known to load.
+
+        Raises:
+          ValueError: one of them does not; nothing is removed.
+        """
+        for key, spec in zip(keys(self.specs), self.specs, strict=True):
+            try:
+                load(spec, key, self.place.dtype)
+            except UNUSABLE as error:
+                reason = f"{spec.title} cannot be run: {reason_of(error)}"
+                raise ValueError(f"{reason}; nothing in {self.out} was overwritten") from error
+        empty(self.out)
 
     def run(self) -> dict[str, Any]:
         """Everything; returns what is in results.json. A model that cannot be run is told of there, and left out.
@@ -64,13 +81,7 @@ class Session:
                 continue
             try:
                 self.models[key] = self.finish(key, spec)
-            except (
-                convert.ConversionError,
-                CheckpointError,
-                ImageError,
-                MemoryError,
-                jax.errors.JaxRuntimeError,
-            ) as error:
+            except UNUSABLE as error:
                 if isinstance(error.__cause__, OSError):
                     raise
                 self.failed[key] = {"name": spec.title, "reason": reason_of(error)}
