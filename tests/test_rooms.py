@@ -8,6 +8,7 @@ import pytest
 
 import jaxvit
 from jaxvit import experiments
+from jaxvit.experiments.runner.source import imported
 
 LIBRARY = {
     "model": (),
@@ -29,18 +30,6 @@ FOLDERS = {"jaxvit": Path(jaxvit.__file__).parent, "jaxvit.experiments": Path(ex
 FILES = [
     (whole, room, before, p) for whole, room, before in ROOMS for p in sorted((FOLDERS[whole] / room).glob("*.py"))
 ]
-
-
-def imported(path: Path, package: str) -> Iterator[str]:
-    """The whole names of all that a file of a package imports, also inside of functions."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".")
-            place = parts[: len(parts) + 1 - node.level] if node.level else []
-            module = ".".join([*place, *([node.module] if node.module else [])])
-            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def rooms_of(names: Iterator[str], whole: str) -> set[str]:

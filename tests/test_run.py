@@ -62,14 +62,14 @@ def arguments(toys) -> list[str]:
     return ["--models", *models, "--images", str(toys / "images"), "--batch-size", "4", "--size", "native"]
 
 
-def start(environment, *words, before: Sequence[str] = ()) -> subprocess.Popen:
+def start(environment, *words, before: Sequence[str] = (), root: Path = ROOT) -> subprocess.Popen:
     command = [*before, sys.executable, "-m", "experiments", *map(str, words)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe)
+    return subprocess.Popen(command, cwd=root, env=environment, text=True, stdout=pipe, stderr=pipe)
 
 
-def succeeds(environment, *words) -> str:
-    process = start(environment, *words)
+def succeeds(environment, *words, root: Path = ROOT) -> str:
+    process = start(environment, *words, root=root)
     out, err = process.communicate()
     assert process.returncode == 0, err
     return out
@@ -229,6 +229,35 @@ def test_what_is_finished_is_not_measured_again(tmp_path, arguments, environment
     assert unchanged() and list(numbers(out)["models"]) == ["plain", "registers", "again"]
     succeeds(environment, "run", *arguments, *FEW, "--out", out, "--resume")
     assert same(out, few)
+
+
+def test_other_code_measures_again(tmp_path, arguments, environment, few):
+    """Of the experiment, of what it imports, or of the library; and what is measured says by which versions."""
+    out, root = tmp_path / "out", tmp_path / "checkout"
+    for name in ("jaxvit", "convert", "experiments"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(few, out)
+
+    def again() -> dict[str, float]:
+        succeeds(environment, "run", *arguments, *FEW, "--out", out, "--resume", root=root)
+        experiments = numbers(out)["experiments"]
+        return {id: experiments[id]["results"]["registers"]["patches"] for id in ("A1", "A9")}
+
+    before = again()
+    assert same(out, few)
+    path = root / "experiments/paper/a1_attention_mass.py"
+    path.write_text(path.read_text().replace("trace.mass[-1].mean(axis=1)", "0.5 * trace.mass[-1].mean(axis=1)"))
+    after = again()
+    assert after["A1"]["mean"] == pytest.approx(before["A1"]["mean"] / 2) and after["A9"] == before["A9"]
+    path = root / "jaxvit/analysis/decompose.py"
+    path.write_text(path.read_text() + "\n# other code\n")
+    known = set(out.rglob("settings.json"))
+    again()
+    new = set(out.rglob("settings.json")) - known
+    assert len(new) == 4, "both passes of both models"
+    assert {json.loads(path.read_text())["model"]["versions"]["jax"] for path in new} == {
+        numbers(out)["versions"]["jax"]
+    }
 
 
 def test_a_model_that_cannot_be_run_does_not_cost_the_others(tmp_path, arguments, environment, few):

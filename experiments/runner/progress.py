@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from jaxvit import ImageError, ViTConfig, convert
+from jaxvit import ImageError, ViTConfig
 from jaxvit.io.checkpoint import replacing_file
 
 from ..core import examples
@@ -31,10 +31,11 @@ from ..core.experiment import About, Experiment, Found, Subject
 from ..core.passes import Pass, Request
 from ..models import test_time
 from ..models.subjects import Spec, load
+from . import source
 from .registry import PASSES
 from .store import Store, run_pass
 
-VERSION = 3
+VERSION = 4
 """Of what is kept of a pass."""
 
 
@@ -66,10 +67,10 @@ class Place:
     def digest(self, sources: Sequence[Any], *, ages: bool = False) -> str:
         """Of names and sizes of files, in order, and of their ages; of other images of their descriptions."""
         whole = hashlib.sha256()
-        for source in sources:
-            told = [self.name(source)]
-            if isinstance(source, Path):
-                stat = source.stat()
+        for image in sources:
+            told = [self.name(image)]
+            if isinstance(image, Path):
+                stat = image.stat()
                 told += [str(stat.st_size), *([str(stat.st_mtime_ns)] if ages else [])]
             whole.update((" ".join(told) + "\n").encode())
         return whole.hexdigest()
@@ -81,7 +82,8 @@ class Model:
     def __init__(self, place: Place, request: Request, key: str, spec: Spec):
         self.place, self.request, self.key, self.spec = place, request, key, spec
         self.folder = place.out / "progress" / key
-        identity = spec.identity | {"dtype": place.dtype}
+        identity = spec.identity | {"dtype": place.dtype, "versions": source.versions(), "library": source.library()}
+        identity["code"] = source.of_modules(load.__module__, test_time.__name__)
         if spec.test_time_registers:  # which are made of the images
             identity["test-time registers"] = test_time.made_of(request)
         self.identity = json.loads(json.dumps(identity))
@@ -149,7 +151,7 @@ class Model:
             "devices": f"{len(place.devices)} x {place.devices[0].device_kind}",
             "precision": str(jax.config.jax_default_matmul_precision),
             "flags": os.environ.get("XLA_FLAGS", ""),
-            "versions": convert.versions("jaxvit", "jax", "jaxlib"),
+            "code": source.of_modules(run_pass.__module__, type(each).__module__),
         }
         wanted = {e.id: measured(e, request) for e in reading}
         store = self.finished(each.name, common, wanted)
@@ -199,7 +201,7 @@ class Model:
         request = self.request
         running = [e for e in request.experiments if e.id not in reasons]
         asked = {"passes": [store.folder.name for store in stores.values()]}
-        asked |= {"experiments": {e.id: dict(request.options[e.id]) for e in running}}
+        asked["experiments"] = {e.id: {**request.options[e.id], "code": code_of(e)} for e in running}
         path = self.folder / f"numbers-{hashed(asked)}.json"
         try:
             return json.loads(path.read_text())
@@ -247,7 +249,7 @@ class Model:
         for e in self.request.experiments:
             how |= e.explained(self.request.options[e.id])
         asked = {"version": VERSION, "model": self.identity, "images": place.digest(paths, ages=True), "size": size}
-        asked |= how
+        asked |= {"code": source.of_modules(examples.__name__), **how}
         note = self.folder / "examples.json"
         try:
             if json.loads(note.read_text()) == json.loads(json.dumps(asked)):
@@ -283,9 +285,15 @@ def narrowed(found: Found, e: Experiment) -> Found:
 
 
 def measured(e: Experiment, request: Request) -> dict[str, Any]:
-    """The options that what is measured depends on."""
+    """What the measurements of an experiment depend on: options, and code."""
     late = {option.name for option in e.options if option.late}
-    return {name: value for name, value in request.options[e.id].items() if name not in late}
+    early = {name: value for name, value in request.options[e.id].items() if name not in late}
+    return {"options": early, "code": code_of(e)}
+
+
+def code_of(e: Experiment) -> str:
+    """sha256 of the code of an experiment."""
+    return source.of_modules(type(e).__module__)
 
 
 def hashed(settings: Any) -> str:

@@ -151,9 +151,18 @@ class Session:
             "failed": self.failed,
             "experiments": by_experiment,
             "claims": [claim._asdict() for claim in claims],
-            "versions": convert.versions("jaxvit", "jax", "jaxlib", "flax", "numpy", "pillow", "optax"),
+            "versions": self.versions(),
             "device": f"{place.devices[0].device_kind} ({jax.default_backend()}), {len(place.devices)} used",
         }
+
+    def versions(self) -> dict[str, str]:
+        """Those that measured; several of a package side by side."""
+        found: dict[str, dict[str, None]] = {}
+        for model in self.models.values():
+            for store in model.stores.values():
+                for name, version in store.settings["model"]["versions"].items():
+                    found.setdefault(name, {})[version] = None
+        return {name: ", ".join(each) for name, each in found.items()}
 
     def of_model(self, model: Finished) -> dict[str, Any]:
         config = ViTConfig.from_dict(model.about.config)
