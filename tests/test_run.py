@@ -231,6 +231,27 @@ def test_what_is_finished_is_not_measured_again(tmp_path, arguments, environment
     assert same(out, few)
 
 
+def test_one_more_experiment_measures_what_is_missing(tmp_path, arguments, environment, few):
+    """And nothing else; other readings of one that is there are measured beside it."""
+    out = tmp_path / "out"
+    shutil.copytree(few, out)
+    known = set(out.rglob("settings.json"))
+    succeeds(environment, "run", *arguments, "--only", "A1", "A3", "A9", "--out", out, "--resume")
+    new = [json.loads(path.read_text()) for path in set(out.rglob("settings.json")) - known]
+    assert len(new) == 4 and all(list(settings["experiments"]) == ["A3"] for settings in new)
+    results, before = numbers(out)["experiments"], numbers(few)["experiments"]
+    assert {id: results[id] for id in ("A1", "A9")} == before and results["A3"]["results"]["registers"]["controls"]
+    with np.load(out / "per_image" / "registers.npz") as ours, np.load(few / "per_image" / "registers.npz") as theirs:
+        assert set(ours.files) == set(theirs.files)  # A3 has no number of single images
+    known = set(out.rglob("settings.json"))
+    succeeds(environment, "run", *arguments, *FEW, "--a9-reading", "final", "--out", out, "--resume")
+    new = [json.loads(path.read_text()) for path in set(out.rglob("settings.json")) - known]
+    assert len(new) == 4 and all(list(settings["experiments"]) == ["A9"] for settings in new)
+    assert numbers(out)["experiments"]["A1"] == before["A1"] and numbers(out)["experiments"]["A9"] != before["A9"]
+    succeeds(environment, "run", *arguments, *FEW, "--out", out, "--resume")
+    assert same(out, few)
+
+
 def test_other_code_measures_again(tmp_path, arguments, environment, few):
     """Of the experiment, of what it imports, or of the library; and what is measured says by which versions."""
     out, root = tmp_path / "out", tmp_path / "checkout"

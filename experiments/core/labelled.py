@@ -251,15 +251,19 @@ class LabelledImages(Pass):
         return [request.labelled.sources[i] for i in self.chosen(request)]
 
     def known(self, request: Request) -> dict[str, np.ndarray]:
-        assert request.labelled is not None, "see `refuses`"
-        labels = np.asarray(request.labelled.labels, np.int32)[self.chosen(request)]
-        known = {"label": labels, "classes": np.full_like(labels, len(request.labelled.classes))}
+        known = self.labels(request)
         readers = [e.id for e in request.experiments if self.name in e.passes]
         return {f"{reader}/{name}": values for reader in readers for name, values in known.items()}
 
+    def labels(self, request: Request) -> dict[str, np.ndarray]:
+        """Of each image that is read: its label, and the number of classes."""
+        assert request.labelled is not None, "see `refuses`"
+        labels = np.asarray(request.labelled.labels, np.int32)[self.chosen(request)]
+        return {"label": labels, "classes": np.full_like(labels, len(request.labelled.classes))}
+
     def settings(self, request: Request) -> Mapping[str, Any]:
         assert request.labelled is not None, "see `refuses`"
-        labels = self.known(request)
+        labels = self.labels(request)
         whole = hashlib.sha256(repr(list(request.labelled.classes)).encode())
         for name in sorted(labels):
             whole.update(labels[name].tobytes())

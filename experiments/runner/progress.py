@@ -1,11 +1,11 @@
 """One model of a run: what of it is on disk already, and how the rest comes about.
 
     progress/MODEL/about.json        what is known of it, so that a finished one need not be loaded
-    progress/MODEL/PASS-HASH/        one pass over the images under one set of settings, see `experiments.runner.store`
-    progress/MODEL/numbers-HASH.json the numbers of all experiments
+    progress/MODEL/PASS-HASH/        one pass over the images for some experiments, see `experiments.runner.store`
+    progress/MODEL/numbers-ID-HASH.json the numbers of one experiment
 
-Other settings have another hash: nothing that was finished is ever replaced. A pass that was made for more experiments,
-with the same options, serves fewer.
+Other settings have another hash: nothing that was finished is ever replaced. What was measured for an experiment serves
+it in every later run, with whatever others it was measured; only what is missing is measured.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,10 @@ class Place:
         return whole.hexdigest()
 
 
+Stores = dict[str, Store]
+"""Of one pass: id of an experiment -> where its measurements are; several may share one."""
+
+
 class Model:
     """One model in a run: loaded only if something of it is not on disk yet."""
 
@@ -116,11 +120,11 @@ class Model:
             self.seconds["loading"] = round(time.perf_counter() - started, 1)
         return self.loaded
 
-    def passes(self) -> tuple[dict[str, Store], dict[str, str]]:
+    def passes(self) -> tuple[dict[str, Stores], dict[str, str]]:
         """All passes that an experiment reads, and why experiments are not run: id -> reason."""
         request, about = self.request, self.about
         reasons = {e.id: reason for e in request.experiments if (reason := unfit(about) or e.refuses(about))}
-        stores: dict[str, Store] = {}
+        taken: dict[str, Stores] = {}
         for each in PASSES:
             reading = [e for e in request.experiments if each.name in e.passes and e.id not in reasons]
             if not reading:
@@ -128,24 +132,56 @@ class Model:
             reason = each.refuses(request, about)
             if reason is None:
                 try:
-                    stores[each.name] = self.run(each, reading, stores)
+                    taken[each.name] = self.run(each, reading, taken)
                 except ImageError as error:
                     reason = str(error)
             if reason is not None:  # controls come on top of what is measured without them
                 reasons |= {e.id: reason for e in reading if not (e.controlled and each.name == "controls")}
-        return stores, reasons
+        return taken, reasons
 
-    def run(self, each: Pass, reading: Sequence[Experiment], earlier: Mapping[str, Store]) -> Store:
-        """A pass, as far as it is not done yet."""
+    def run(self, each: Pass, reading: Sequence[Experiment], earlier: Mapping[str, Stores]) -> Stores:
+        """A pass: what was measured of each experiment, and now what was not."""
+        common = self.settings(each, earlier)
+        wanted = json.loads(json.dumps({e.id: measured(e, self.request) for e in reading}))
+        stores: Stores = {}
+        begun = []
+        for path in sorted(self.folder.glob(f"{each.name}-*/settings.json")):
+            try:
+                settings = json.loads(path.read_text())
+            except (OSError, ValueError):
+                continue
+            held = settings.pop("experiments", {})
+            if settings != common or not any(wanted.get(id) == held[id] for id in held.keys() - stores.keys()):
+                continue
+            store = Store(path.parent, {**settings, "experiments": held})
+            if store.done:
+                stores |= {id: store for id in held if wanted.get(id) == held[id] and id not in stores}
+            elif held.items() <= wanted.items():
+                begun.append(store)
+        for store in begun:  # what a run was stopped at
+            if held := store.settings["experiments"].keys() - stores.keys():
+                stores |= dict.fromkeys(held, self.measure(each, store, earlier))
+        if missing := {id: what for id, what in wanted.items() if id not in stores}:
+            settings = {**common, "experiments": missing}
+            store = Store(self.folder / f"{each.name}-{hashed(settings)}", settings)
+            stores |= dict.fromkeys(missing, self.measure(each, store, earlier))
+        if len({store.digest for store in stores.values()}) > 1:
+            raise ImageError(
+                f"images could be read at one time and not at another: remove {self.folder}, and run again"
+            )
+        return stores
+
+    def settings(self, each: Pass, earlier: Mapping[str, Stores]) -> dict[str, Any]:
+        """What all measurements of a pass depend on."""
         request, place = self.request, self.place
-        sources = each.sources(request)
-        common = {
+        before = [first(stores).settings for stores in earlier.values()] if each.reads_earlier else []
+        settings = {
             "version": VERSION,
             "model": self.identity,
-            "images": place.digest(sources, ages=True),
+            "images": place.digest(each.sources(request), ages=True),
             "pass": {option.name: request.options[each.name][option.name] for option in each.options},
             "more": dict(each.settings(request)),
-            "after": [store.folder.name for store in earlier.values()] if each.reads_earlier else [],
+            "after": [hashed({name: s[name] for name in s if name != "experiments"}) for s in before],
             "size": request.size,
             "batch_size": request.batch_size,
             "devices": f"{len(place.devices)} x {place.devices[0].device_kind}",
@@ -153,76 +189,56 @@ class Model:
             "flags": os.environ.get("XLA_FLAGS", ""),
             "code": source.of_modules(run_pass.__module__, type(each).__module__),
         }
-        wanted = {e.id: measured(e, request) for e in reading}
-        store = self.finished(each.name, common, wanted)
-        if store is not None:
-            return store
-        settings = {**common, "experiments": wanted}
-        store = Store(self.folder / f"{each.name}-{hashed(settings)}", settings)
+        return json.loads(json.dumps(settings))
+
+    def measure(self, each: Pass, store: Store, earlier: Mapping[str, Stores]) -> Store:
+        """A pass for the experiments of a store, as far as it is not done yet."""
+        held = store.settings["experiments"]
+        request = replace(self.request, experiments=[e for e in self.request.experiments if e.id in held])
         started = time.perf_counter()
         subject = self.subject
-        found = {name: before.found() for name, before in earlier.items()}
-        extra = each.extra(request, subject, found)
+        extra = each.extra(request, subject, {name: first(stores).found() for name, stores in earlier.items()})
         measure = each.measure(request, subject.about)
         run_pass(
             store,
             lambda arguments, images, position: measure(*arguments, images, position),
             (subject.model, subject.edits, extra),
-            sources,
+            each.sources(request),
             subject.model.config,
             batch_size=request.batch_size,
             size=request.size,
             known=each.known(request),
-            devices=place.devices,
+            devices=self.place.devices,
             label=f"{self.key}: {each.name}",
             progress=request.progress,
             save_every=request.save_every,
         )
-        self.seconds[each.name] = round(time.perf_counter() - started, 1)
+        self.seconds[each.name] = round(self.seconds.get(each.name, 0) + time.perf_counter() - started, 1)
         return store
 
-    def finished(self, name: str, common: Mapping[str, Any], wanted: Mapping[str, Any]) -> Store | None:
-        """A pass that is done and holds all that is wanted."""
-        common, wanted = json.loads(json.dumps([common, wanted]))
-        for path in sorted(self.folder.glob(f"{name}-*/settings.json")):
-            try:
-                settings = json.loads(path.read_text())
-            except (OSError, ValueError):
-                continue
-            held = settings.pop("experiments", {})
-            if settings == common and wanted.items() <= held.items() and (path.parent / "state.npz").is_file():
-                store = Store(path.parent, {**settings, "experiments": held})
-                if store.done:
-                    return store
-        return None
-
-    def numbers(self, stores: Mapping[str, Store], reasons: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """The numbers of all experiments, by id."""
-        request = self.request
-        running = [e for e in request.experiments if e.id not in reasons]
-        asked = {"passes": [store.folder.name for store in stores.values()]}
-        asked["experiments"] = {e.id: {**request.options[e.id], "code": code_of(e)} for e in running}
-        path = self.folder / f"numbers-{hashed(asked)}.json"
+    def numbers(self, e: Experiment, taken: Mapping[str, Stores]) -> dict[str, Any]:
+        """The numbers of an experiment, and under "controls" the same under each control."""
+        found = found_for(e, taken)
+        passes = {name: taken[name][e.id].folder.name for name in found}
+        asked = {"passes": passes, "options": dict(self.request.options[e.id]), "code": code_of(e)}
+        path = self.folder / f"numbers-{e.id}-{hashed(asked)}.json"
         try:
             return json.loads(path.read_text())
         except (OSError, ValueError):
             pass
         started = time.perf_counter()
-        found = {name: store.found() for name, store in stores.items()}
-        numbers = {e.id: self.of_experiment(e, found) for e in running}
+        numbers = self.counted(e, found)
         numbers = json.loads(json.dumps(self.with_names(plain(numbers))))  # as they are read the next time
         with replacing_file(path) as temporary:
             temporary.write_text(json.dumps(numbers))
-        self.seconds["numbers"] = round(time.perf_counter() - started, 1)
+        self.seconds["numbers"] = round(self.seconds.get("numbers", 0) + time.perf_counter() - started, 1)
         return numbers
 
-    def of_experiment(self, e: Experiment, found: Mapping[str, Found]) -> dict[str, Any]:
-        """Its numbers, and under "controls" the same under each control."""
+    def counted(self, e: Experiment, found: Mapping[str, Found]) -> dict[str, Any]:
         options = self.request.options[e.id]
-        ours = {name: narrowed(found[name], e) for name in e.passes if name in found}
-        numbers = e.numbers(ours, self.about, options)
-        if e.controlled and "controls" in ours:
-            under = ours["controls"]
+        numbers = e.numbers(found, self.about, options)
+        if e.controlled and "controls" in found:
+            under = found["controls"]
             names = dict.fromkeys(name.split("/")[0] for kind in under[1:] for name in kind if name != "image")
             numbers["controls"] = {
                 name: e.numbers({"clean": under.of(f"{name}/")}, self.about, options) for name in names
@@ -264,12 +280,22 @@ class Model:
         return found
 
 
+def first(stores: Stores) -> Store:
+    """The one that others read what is common to all from."""
+    return min(stores.values(), key=lambda store: store.folder.name)
+
+
 def unfit(about: About) -> str | None:
     """Why a model has no update of [CLS] that splits into parts, or None."""
     config = ViTConfig.from_dict(about.config)
     if not config.cls:
         return "the model has no [CLS]"
     return "the model normalises what its heads write together" if config.branch_norms else None
+
+
+def found_for(e: Experiment, taken: Mapping[str, Stores]) -> dict[str, Found]:
+    """Pass -> what it found for an experiment."""
+    return {name: narrowed(taken[name][e.id].found(), e) for name in e.passes if name in taken}
 
 
 def narrowed(found: Found, e: Experiment) -> Found:

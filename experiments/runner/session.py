@@ -36,9 +36,8 @@ from ..models.subjects import Spec, keys, load
 from ..report.explorer import write_explorer
 from ..report.report import write_report
 from .folder import empty
-from .progress import Model, Place, narrowed, plain
+from .progress import Model, Place, Stores, first, found_for, plain
 from .registry import PASSES
-from .store import Store
 
 SCHEMA = 1
 TIMING = "timings.json"
@@ -87,8 +86,8 @@ class Session:
                 self.failed[key] = {"name": spec.title, "reason": reason_of(error)}
                 print(f"{spec.title} cannot be run: {reason_of(error)}", file=sys.stderr)
         if not self.models:
-            first = next(iter(self.failed.values()))
-            raise ValueError(f"no model could be run; {first['name']}: {first['reason']}")
+            one = next(iter(self.failed.values()))
+            raise ValueError(f"no model could be run; {one['name']}: {one['reason']}")
         results = self.results()
         self.write(results)
         return results
@@ -96,15 +95,17 @@ class Session:
     def finish(self, key: str, spec: Spec) -> Finished:
         """All of one model, after which it needs no memory."""
         model = Model(self.place, self.request, key, spec)
-        stores, reasons = model.passes()
-        numbers, shown = model.numbers(stores, reasons), model.examples()
-        found = {}
-        for name, store in stores.items():
-            store.forget_moments()
-            found[name] = store.found()
-        self.write_per_image(key, found)
+        taken, reasons = model.passes()
+        running = [e for e in self.request.experiments if e.id not in reasons]
+        numbers = {e.id: model.numbers(e, taken) for e in running}
+        for stores in taken.values():
+            for store in stores.values():
+                store.forget_moments()
+        found = {e.id: found_for(e, taken) for e in running}
+        shown = model.examples()
+        self.write_per_image(key, found, taken)
         self.time(key, model.seconds)
-        return Finished(model.about, numbers, found, stores, reasons, shown)
+        return Finished(model.about, numbers, found, taken, reasons, shown)
 
     def has_registers(self, spec: Spec) -> bool:
         """Whether the model, as it was run before, was trained with registers and needs none."""
@@ -159,7 +160,7 @@ class Session:
         """Those that measured; several of a package side by side."""
         found: dict[str, dict[str, None]] = {}
         for model in self.models.values():
-            for store in model.stores.values():
+            for store in (store for stores in model.taken.values() for store in stores.values()):
                 for name, version in store.settings["model"]["versions"].items():
                     found.setdefault(name, {})[version] = None
         return {name: ", ".join(each) for name, each in found.items()}
@@ -173,7 +174,7 @@ class Session:
                 "skipped": [{"image": self.place.name(s["image"]), "error": s["error"]} for s in store.skipped],
                 "sha256 of the prepared pixels": store.digest,
             }
-            for name, store in model.stores.items()
+            for name, store in ((name, first(stores)) for name, stores in model.taken.items())
         }
         none = {"n": 0, "skipped": [], "sha256 of the prepared pixels": ""}
         return model.about.to_dict() | {
@@ -184,8 +185,12 @@ class Session:
             "not run": dict(model.reasons),
         }
 
-    def write_per_image(self, key: str, found: Mapping[str, Found]) -> None:
-        """One column after another, so that memory does not depend on the number of images but by one column."""
+    def write_per_image(self, key: str, found: Mapping[str, Mapping[str, Found]], taken: Mapping[str, Stores]) -> None:
+        """PASS/ID/NAME for each experiment, one column after another: memory for one of them is all that is needed.
+
+        Args:
+          found: id of an experiment -> pass -> what it found.
+        """
         folder = self.out / "per_image"
         folder.mkdir(parents=True, exist_ok=True)
         with (
@@ -198,14 +203,13 @@ class Session:
                 with file.open(entry, "w", force_zip64=True) as stream:
                     np.lib.format.write_array(stream, np.ascontiguousarray(array))
 
-            for each in PASSES:
-                if each.name not in found:
-                    continue
-                sources, columns = each.sources(self.request), found[each.name].per_image
-                put(f"{each.name}/image", np.asarray([self.place.name(sources[i]) for i in columns["image"]]))
-                for column in columns:
-                    if column != "image" and not each.private:
-                        put(f"{each.name}/{column}", columns[column])
+            for each in (each for each in PASSES if each.name in taken):
+                sources, places = each.sources(self.request), first(taken[each.name]).found().per_image["image"]
+                put(f"{each.name}/image", np.asarray([self.place.name(sources[i]) for i in places]))
+                for id, of in found.items():
+                    columns = of[each.name].per_image if each.name in of and not each.private else {}
+                    for column in (name for name in columns if name != "image"):
+                        put(f"{each.name}/{id}/{column}", columns[column])
 
     def write(self, results: dict[str, Any]) -> None:
         with replacing_file(self.out / "results.json") as temporary:
@@ -221,10 +225,7 @@ class Session:
                 path.unlink()
         with styled():
             for e in tqdm(self.request.experiments, "figures", disable=not self.request.progress):
-                found = {
-                    key: {name: narrowed(each, e) for name, each in model.found.items() if name in e.passes}
-                    for key, model in self.models.items()
-                }
+                found = {key: model.found.get(e.id, {}) for key, model in self.models.items()}
                 view = View(results["experiments"][e.id]["results"], models, found, shown)
                 figures[e.id] = e.figures(view) if view.results else {}
                 for name, figure in figures[e.id].items():
@@ -238,8 +239,8 @@ class Finished(NamedTuple):
 
     about: About
     numbers: dict[str, dict[str, Any]]
-    found: dict[str, Found]
-    stores: dict[str, Store]
+    found: dict[str, dict[str, Found]]
+    taken: dict[str, Stores]
     reasons: dict[str, str]
     shown: list[Example]
 
