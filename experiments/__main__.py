@@ -16,7 +16,7 @@ import contextlib
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -44,7 +44,7 @@ ROWS = 12
 EXPECTED = (convert.ConversionError, jaxvit.CheckpointError, jaxvit.ImageError, embedded.DataError, ValueError)
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """The process was asked to end."""
 
 
@@ -201,7 +201,7 @@ def run(options: argparse.Namespace) -> int:
         if present(options.out) and options.overwrite:
             session.overwrite()
         tell(session.run(), session, experiments)
-    return 1 if session.failed else 0
+    return 0 if session.complete else 1
 
 
 def models_and_images(options: argparse.Namespace) -> tuple[list[Spec], list[Path], Path]:
@@ -296,7 +296,7 @@ def tell(results: dict[str, Any], session: Session, experiments: Sequence[Experi
     models = {key: About(**{n: d[n] for n in names}) for key, d in results["models"].items()}
     for e in experiments:
         numbers = results["experiments"][e.id]["results"]
-        table = e.table(numbers, models) if numbers else None
+        table = e.table(numbers, models) if numbers and e.id not in session.broken else None
         print(f"\n{e.id}  {e.title}{f' ({e.figure})' if e.figure else ''}")
         if table is not None:
             print_table(table, ROWS if len(experiments) > 1 else len(table.rows))
@@ -306,6 +306,8 @@ def tell(results: dict[str, Any], session: Session, experiments: Sequence[Experi
                 reasons.setdefault(reason, []).append(about.name)
         for reason, those in reasons.items():
             print(f"    not run: {', '.join(those)}: {reason}")
+        for who, reason in failures(results, e.id):
+            print(f"    failed: {who}: {reason}")
     if results["claims"]:
         print("\nThe paper's statements")
         verdicts = {True: "holds", False: "does not hold", None: "not tested"}
@@ -325,6 +327,12 @@ def tell(results: dict[str, Any], session: Session, experiments: Sequence[Experi
     for failed in results["failed"].values():
         print(f"\n{failed['name']} could not be run: {failed['reason']}")
     print(f"\nwrote {session.out}: report.html, explorer.html, results.json, figures, per_image")
+
+
+def failures(results: Mapping[str, Any], id: str) -> list[tuple[str, str]]:
+    """Of an experiment: what could not be made, or for which model, and why."""
+    found = [("all models", reason) for reason in results["experiments"][id]["failed"]]
+    return found + [(m["name"], m["failed"][id]) for m in results["models"].values() if id in m["failed"]]
 
 
 def print_table(table: Table, most: int) -> None:

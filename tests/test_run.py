@@ -294,6 +294,51 @@ def test_a_model_that_cannot_be_run_does_not_cost_the_others(tmp_path, arguments
     assert results["experiments"] == numbers(few)["experiments"]
 
 
+@pytest.mark.parametrize("where", ["measure", "numbers", "claims", "figures", "table"])
+def test_what_fails_in_one_experiment_does_not_cost_the_others(tmp_path, arguments, few, monkeypatch, capsys, where):
+    """Its name, the model and the reason are in the report and on the terminal, and the exit status says so."""
+
+    def fails(self, *more, **named):
+        raise FloatingPointError("a number is none")
+
+    if where in ("claims", "figures", "table"):  # of what is measured already
+        shutil.copytree(few, tmp_path / "out")
+    monkeypatch.setattr(type(EXPERIMENTS["A1"]), where, fails)
+    words = ["--models", f"registers={arguments[2].partition('=')[2]}", *arguments[3:], *FEW, "--control-images", "0"]
+    assert main(["run", *words, "--out", str(tmp_path / "out"), "--resume", "--examples", "1"]) == 1
+    told, err = capsys.readouterr()
+    results, page = numbers(tmp_path / "out"), (tmp_path / "out" / "report.html").read_text()
+    for text in (told, page):
+        assert "FloatingPointError: a number is none (test_run.py, line" in text
+    assert "A1 failed" in err and "Some experiments failed" in page
+    assert results["experiments"]["A9"]["results"]["registers"]["patches"]["n"] == CLASSES * EACH
+    if where in ("measure", "numbers"):
+        assert results["models"]["registers"]["failed"].keys() == {"A1"}
+        assert not results["experiments"]["A1"]["results"] and "registers" not in results["failed"]
+    else:
+        assert results["experiments"]["A1"]["failed"] and results["experiments"]["A1"]["results"]
+
+
+def test_no_readable_image_is_an_error(tmp_path, arguments, capsys):
+    """Of all images; and of those that register neurons are sought on, which costs that model alone."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    words = ["run", *arguments[:3], "--size", "native", "--images", str(tmp_path / "images"), *FEW]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 1
+    assert "none of the 1 images can be used" in capsys.readouterr().err.splitlines()[-1]
+    folder = tmp_path / "images"
+    for i in range(4):
+        shutil.copy(Path(arguments[arguments.index("--images") + 1]) / "class 1" / f"{i}.png", folder / f"{i}.png")
+    (folder / "broken.png").unlink()
+    first = np.random.default_rng(0).permutation(4)[0]  # of the order in which a run takes images
+    (folder / f"{first}.png").write_bytes(b"no image")
+    more = ["--test-time-registers", "1", "--test-time-registers-images", "1", "--control-images", "0"]
+    assert main([*words, *more, "--out", str(tmp_path / "other"), "--examples", "1"]) == 1
+    results = numbers(tmp_path / "other")
+    assert "that neurons are sought on" in results["failed"]["plain-1-test-time-registers"]["reason"]
+    assert results["experiments"]["A1"]["results"]["plain"]
+
+
 def test_one_run_at_a_time_writes_to_a_folder(tmp_path, capsys):
     with alone(tmp_path), pytest.raises(ValueError, match="another run is writing"), alone(tmp_path):
         pass

@@ -110,13 +110,13 @@ def appended(subject: Subject, request: Request, count: int = 1) -> Subject:
     if subject.model.config.registers:
         raise ValueError(f"{subject.about.name} has registers; test-time registers are for models trained without")
     options = options_of(request)
-    found = with_test_time_registers(
-        subject.model, batches_of(request, subject.model), count, options["neurons"], **how_of(options)
+    batches = batches_of(request, subject.model)
+    wider, edits, chosen = with_test_time_registers(
+        subject.model, batches, count, options["neurons"], **how_of(options)
     )
-    wider, edits, chosen = found
     told = {
         "count": count,
-        "images": min(options["images"], len(request.images)),
+        "images": sum(int(batch.valid.sum()) for batch in batches),
         "options": options,
         "no outliers": chosen.no_outliers,
         "threshold": None if np.isnan(chosen.threshold) else chosen.threshold,
@@ -151,7 +151,15 @@ def batches_of(request: Request, model: ViT) -> list[Batch]:
     """The images on which neurons are found."""
     sources = request.images[: options_of(request)["images"]]
     size = min(request.batch_size, AT_ONCE)
-    return list(jaxvit.stream(sources, model.config, size, request.size, on_error=lambda name, error: None))
+    skipped: list[str] = []
+    batches = list(
+        jaxvit.stream(sources, model.config, size, request.size, on_error=lambda _, error: skipped.append(str(error)))
+    )
+    if not batches:
+        raise jaxvit.ImageError(
+            f"none of the {len(sources)} images that neurons are sought on can be used: {skipped[0]}"
+        )
+    return batches
 
 
 def in_words(neurons: Neurons) -> list[dict[str, Any]]:

@@ -224,6 +224,11 @@ def warnings(results: Mapping[str, Any], models: Mapping[str, About]) -> str:
         )
     if any(pixels["skipped"] for _, _, pixels in all_images(results)):
         found.append('<b>Some images could not be used</b>: <a href="#skipped">which, and why</a>.')
+    failing = [id for id, e in results["experiments"].items() if e.get("failed")]
+    failing += [id for entry in results["models"].values() for id in entry.get("failed", {})]
+    if failing:
+        links = ", ".join(f'<a href="#{escape(id)}">{escape(id)}</a>' for id in dict.fromkeys(failing))
+        found.append(f"<b>Some experiments failed</b>: {links}.")
     for failed in results.get("failed", {}).values():
         found.append(f"<b>{escape(failed['name'])} could not be run:</b> {escape(failed['reason'])}.")
     return "".join(f'<p class="warning" role="note">{text}</p>' for text in found)
@@ -387,7 +392,9 @@ def section(
             for (name, figure), caption in zip(figures.items(), captions, strict=True)
         ]
         parts.append(f'<div class="figures">{"".join(drawn)}</div>')
-    if not each:
+    if broken(e, results):
+        parts.append("<p>What failed is told below; the numbers are in results.json.</p>")
+    elif not each:
         parts.append("<p>No model that was given has numbers for this experiment.</p>")
     elif (t := e.table(each, models)) is not None and t.rows:
         parts.append(told_table(t))
@@ -395,7 +402,7 @@ def section(
         parts.append(f'<h3 id="{claims_id(e)}">Claims</h3>{claims_table(claims)}')
     run = numbers_of_images(e, results, models) + left_out(e, results, models)
     parts.append(f'<div class="notes"><div>{run}</div>{choices(e, results, passes)}</div>')
-    parts.append(controls(e, each, results, models))
+    parts.append("" if broken(e, results) else controls(e, each, results, models))
     return "".join(parts) + "</section>"
 
 
@@ -497,15 +504,24 @@ def choice(option: Option, value: Any) -> str:
 
 
 def left_out(e: Experiment, results: Mapping[str, Any], models: Mapping[str, About]) -> str:
-    """Models without numbers, and why."""
-    reasons: dict[str, list[str]] = {}
-    for key, entry in results["models"].items():
-        if reason := entry.get("not run", {}).get(e.id):
-            reasons.setdefault(reason, []).append(key)
-    if not reasons:
-        return ""
-    items = "".join(f"<li>{names_of(keys, models)}: {escape(reason)}</li>" for reason, keys in reasons.items())
-    return f'<div class="note"><b>Left out.</b><ul>{items}</ul></div>'
+    """Models without numbers, and why; and what failed."""
+    notes = []
+    for title, kind in (("Failed", "failed"), ("Left out", "not run")):
+        reasons: dict[str, list[str]] = {}
+        for key, entry in results["models"].items():
+            if reason := entry.get(kind, {}).get(e.id):
+                reasons.setdefault(reason, []).append(key)
+        items = [f"{names_of(keys, models)}: {escape(reason)}" for reason, keys in reasons.items()]
+        items += [escape(reason) for reason in broken(e, results)] if kind == "failed" else []
+        if items:
+            told = "".join(f"<li>{item}</li>" for item in items)
+            notes.append(f'<div class="note"><b>{title}.</b><ul>{told}</ul></div>')
+    return "".join(notes)
+
+
+def broken(e: Experiment, results: Mapping[str, Any]) -> Sequence[str]:
+    """What could not be made of all models."""
+    return results["experiments"][e.id].get("failed", ())
 
 
 def control_in_words(name: str) -> str:

@@ -14,15 +14,17 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from jaxvit import ImageError, ViTConfig
+from jaxvit import CheckpointError, ImageError, ViTConfig, convert
 from jaxvit.io.checkpoint import replacing_file
 
 from ..core import examples
@@ -78,6 +80,27 @@ class Place:
 
 Stores = dict[str, Store]
 """Of one pass: id of an experiment -> where its measurements are; several may share one."""
+UNUSABLE = (convert.ConversionError, CheckpointError, ImageError, MemoryError, jax.errors.JaxRuntimeError)
+"""What a model may raise that cannot be run; others are run without it."""
+
+
+class Taken(NamedTuple):
+    """What the passes of a model gave.
+
+    Attributes:
+      stores: pass -> where measurements are.
+      reasons: id of an experiment that says nothing about the model -> why.
+      failed: id of an experiment that should have been run -> what went wrong.
+    """
+
+    stores: dict[str, Stores]
+    reasons: dict[str, str]
+    failed: dict[str, str]
+
+    def running(self, experiments: Sequence[Experiment]) -> list[Experiment]:
+        """Those that can have numbers."""
+        of = {e.id: [name for name in needed(e) if e.id not in self.stores.get(name, {})] for e in experiments}
+        return [e for e in experiments if e.id not in self.reasons and not of[e.id]]
 
 
 class Model:
@@ -120,28 +143,33 @@ class Model:
             self.seconds["loading"] = round(time.perf_counter() - started, 1)
         return self.loaded
 
-    def passes(self) -> tuple[dict[str, Stores], dict[str, str]]:
-        """All passes that an experiment reads, and why experiments are not run: id -> reason."""
+    def passes(self) -> Taken:
+        """All passes that an experiment reads.
+
+        Raises:
+          ImageError: not one image can be used.
+        """
         request, about = self.request, self.about
         reasons = {e.id: reason for e in request.experiments if (reason := unfit(about) or e.refuses(about))}
-        taken: dict[str, Stores] = {}
+        taken = Taken({}, reasons, {})
         for each in PASSES:
             reading = [e for e in request.experiments if each.name in e.passes and e.id not in reasons]
             if not reading:
                 continue
-            reason = each.refuses(request, about)
-            if reason is None:
-                try:
-                    taken[each.name] = self.run(each, reading, taken)
-                except ImageError as error:
-                    reason = str(error)
-            if reason is not None:  # controls come on top of what is measured without them
-                reasons |= {e.id: reason for e in reading if not (e.controlled and each.name == "controls")}
-        return taken, reasons
+            if reason := each.refuses(request, about):
+                reasons |= {e.id: reason for e in reading if each.name in needed(e)}
+                continue
+            try:
+                taken.stores[each.name] = self.run(each, reading, taken)
+            except ImageError as error:
+                if each.name == "clean":
+                    raise
+                taken.failed.update({e.id: f"{each.name}: {reason_of(error)}" for e in reading})
+        return taken
 
-    def run(self, each: Pass, reading: Sequence[Experiment], earlier: Mapping[str, Stores]) -> Stores:
+    def run(self, each: Pass, reading: Sequence[Experiment], taken: Taken) -> Stores:
         """A pass: what was measured of each experiment, and now what was not."""
-        common = self.settings(each, earlier)
+        common = self.settings(each, taken)
         wanted = json.loads(json.dumps({e.id: measured(e, self.request) for e in reading}))
         stores: Stores = {}
         begun = []
@@ -156,25 +184,43 @@ class Model:
             store = Store(path.parent, {**settings, "experiments": held})
             if store.done:
                 stores |= {id: store for id in held if wanted.get(id) == held[id] and id not in stores}
-            elif held.items() <= wanted.items():
-                begun.append(store)
-        for store in begun:  # what a run was stopped at
-            if held := store.settings["experiments"].keys() - stores.keys():
-                stores |= dict.fromkeys(held, self.measure(each, store, earlier))
-        if missing := {id: what for id, what in wanted.items() if id not in stores}:
-            settings = {**common, "experiments": missing}
-            store = Store(self.folder / f"{each.name}-{hashed(settings)}", settings)
-            stores |= dict.fromkeys(missing, self.measure(each, store, earlier))
+            elif held.items() <= wanted.items():  # what a run was stopped at
+                begun.append(held)
+        for held in [*begun, wanted]:
+            self.measure(each, {**common, "experiments": held}, stores, taken)
         if len({store.digest for store in stores.values()}) > 1:
             raise ImageError(
                 f"images could be read at one time and not at another: remove {self.folder}, and run again"
             )
         return stores
 
-    def settings(self, each: Pass, earlier: Mapping[str, Stores]) -> dict[str, Any]:
+    def measure(self, each: Pass, settings: Mapping[str, Any], stores: Stores, taken: Taken) -> None:
+        """Measures experiments together; where that fails, each half of them by itself, down to the one that fails."""
+        missing = {id: what for id, what in settings["experiments"].items() if id not in stores}
+        if not missing:
+            return
+        settings = {**settings, "experiments": missing}
+        subject, store = self.subject, Store(self.folder / f"{each.name}-{hashed(settings)}", settings)
+        try:
+            self.stream(each, subject, store, taken)
+        except (*UNUSABLE, OSError):
+            raise
+        except Exception as error:
+            shutil.rmtree(store.folder)
+            if len(missing) == 1:
+                taken.failed.update(dict.fromkeys(missing, f"{each.name}: {reason_of(error)}"))
+                return
+            ids = list(missing)
+            for half in (ids[: len(ids) // 2], ids[len(ids) // 2 :]):
+                some = {id: missing[id] for id in half}
+                self.measure(each, {**settings, "experiments": some}, stores, taken)
+        else:
+            stores |= dict.fromkeys(missing, store)
+
+    def settings(self, each: Pass, taken: Taken) -> dict[str, Any]:
         """What all measurements of a pass depend on."""
         request, place = self.request, self.place
-        before = [first(stores).settings for stores in earlier.values()] if each.reads_earlier else []
+        before = [first(stores).settings for stores in taken.stores.values()] if each.reads_earlier else []
         settings = {
             "version": VERSION,
             "model": self.identity,
@@ -191,13 +237,13 @@ class Model:
         }
         return json.loads(json.dumps(settings))
 
-    def measure(self, each: Pass, store: Store, earlier: Mapping[str, Stores]) -> Store:
+    def stream(self, each: Pass, subject: Subject, store: Store, taken: Taken) -> None:
         """A pass for the experiments of a store, as far as it is not done yet."""
         held = store.settings["experiments"]
         request = replace(self.request, experiments=[e for e in self.request.experiments if e.id in held])
         started = time.perf_counter()
-        subject = self.subject
-        extra = each.extra(request, subject, {name: first(stores).found() for name, stores in earlier.items()})
+        earlier = {name: first(stores).found() for name, stores in taken.stores.items()}
+        extra = each.extra(request, subject, earlier)
         measure = each.measure(request, subject.about)
         run_pass(
             store,
@@ -214,12 +260,11 @@ class Model:
             save_every=request.save_every,
         )
         self.seconds[each.name] = round(self.seconds.get(each.name, 0) + time.perf_counter() - started, 1)
-        return store
 
-    def numbers(self, e: Experiment, taken: Mapping[str, Stores]) -> dict[str, Any]:
+    def numbers(self, e: Experiment, taken: Taken) -> dict[str, Any]:
         """The numbers of an experiment, and under "controls" the same under each control."""
         found = found_for(e, taken)
-        passes = {name: taken[name][e.id].folder.name for name in found}
+        passes = {name: taken.stores[name][e.id].folder.name for name in found}
         asked = {"passes": passes, "options": dict(self.request.options[e.id]), "code": code_of(e)}
         path = self.folder / f"numbers-{e.id}-{hashed(asked)}.json"
         try:
@@ -293,9 +338,26 @@ def unfit(about: About) -> str | None:
     return "the model normalises what its heads write together" if config.branch_norms else None
 
 
-def found_for(e: Experiment, taken: Mapping[str, Stores]) -> dict[str, Found]:
+def found_for(e: Experiment, taken: Taken) -> dict[str, Found]:
     """Pass -> what it found for an experiment."""
-    return {name: narrowed(taken[name][e.id].found(), e) for name in e.passes if name in taken}
+    stores = {name: taken.stores.get(name, {}) for name in e.passes}
+    return {name: narrowed(of[e.id].found(), e) for name, of in stores.items() if e.id in of}
+
+
+def needed(e: Experiment) -> list[str]:
+    """The passes without which an experiment has no numbers: controls come on top of what they control."""
+    return [name for name in e.passes if not (e.controlled and name == "controls")]
+
+
+def reason_of(error: Exception) -> str:
+    """In one sentence; of what no one foresaw also its type, and where it was raised."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "out of memory: take a smaller --batch-size or --size"
+    told = " ".join(str(error).split())
+    if isinstance(error, (*UNUSABLE, OSError)):
+        return told
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {told} ({Path(at.filename).name}, line {at.lineno})"
 
 
 def narrowed(found: Found, e: Experiment) -> Found:

@@ -17,32 +17,31 @@ import json
 import shutil
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxvit import CheckpointError, ImageError, ViTConfig, convert
+from jaxvit import ViTConfig
 from jaxvit.io.checkpoint import replacing_file
 
 from ..core.charts import styled, write_figure
 from ..core.examples import Example
-from ..core.experiment import About, Found, View
+from ..core.experiment import About, Experiment, Found, Results, View
 from ..core.passes import Request
 from ..models.subjects import Spec, keys, load
 from ..report.explorer import write_explorer
 from ..report.report import write_report
 from .folder import empty
-from .progress import Model, Place, Stores, first, found_for, plain
+from .progress import UNUSABLE, Model, Place, Stores, Taken, first, found_for, plain, reason_of
 from .registry import PASSES
 
+Made = TypeVar("Made")
 SCHEMA = 1
 TIMING = "timings.json"
-UNUSABLE = (convert.ConversionError, CheckpointError, ImageError, MemoryError, jax.errors.JaxRuntimeError)
-"""What a model may raise that cannot be run; others are run without it."""
 
 
 class Session:
@@ -53,6 +52,7 @@ class Session:
         self.out = place.out
         self.models: dict[str, Finished] = {}
         self.failed: dict[str, dict[str, str]] = {}
+        self.broken: dict[str, list[str]] = {}
 
     def overwrite(self) -> None:
         """Removes what earlier runs left, once all models of this run are known to load.
@@ -68,8 +68,25 @@ class Session:
                 raise ValueError(f"{reason}; nothing in {self.out} was overwritten") from error
         empty(self.out)
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing failed."""
+        return not (self.failed or self.broken or any(model.taken.failed for model in self.models.values()))
+
+    def guarded(self, e: Experiment, what: str, make: Callable[[], Made], default: Made) -> Made:
+        """What an experiment makes of all models, or the default where it fails, which is told in the results."""
+        try:
+            return make()
+        except OSError:
+            raise
+        except Exception as error:
+            self.broken.setdefault(e.id, []).append(f"{what}: {reason_of(error)}")
+            print(f"{e.id} failed: {self.broken[e.id][-1]}", file=sys.stderr)
+            return default
+
     def run(self) -> dict[str, Any]:
-        """Everything; returns what is in results.json. A model that cannot be run is told of there, and left out.
+        """Everything; returns what is in results.json. What fails of a model, or of an experiment, is told there, and
+        does not cost the others.
 
         Raises:
           ValueError: not one model can be run.
@@ -80,8 +97,8 @@ class Session:
                 continue
             try:
                 self.models[key] = self.finish(key, spec)
-            except UNUSABLE as error:
-                if isinstance(error.__cause__, OSError):
+            except Exception as error:
+                if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
                     raise
                 self.failed[key] = {"name": spec.title, "reason": reason_of(error)}
                 print(f"{spec.title} cannot be run: {reason_of(error)}", file=sys.stderr)
@@ -89,23 +106,31 @@ class Session:
             one = next(iter(self.failed.values()))
             raise ValueError(f"no model could be run; {one['name']}: {one['reason']}")
         results = self.results()
-        self.write(results)
+        with styled():
+            self.write(results)
         return results
 
     def finish(self, key: str, spec: Spec) -> Finished:
         """All of one model, after which it needs no memory."""
         model = Model(self.place, self.request, key, spec)
-        taken, reasons = model.passes()
-        running = [e for e in self.request.experiments if e.id not in reasons]
-        numbers = {e.id: model.numbers(e, taken) for e in running}
-        for stores in taken.values():
+        taken, numbers = model.passes(), {}
+        for e in taken.running(self.request.experiments):
+            try:
+                numbers[e.id] = model.numbers(e, taken)
+            except OSError:
+                raise
+            except Exception as error:
+                taken.failed[e.id] = f"numbers: {reason_of(error)}"
+        for id, reason in taken.failed.items():
+            print(f"{id} failed for {spec.title}: {reason}", file=sys.stderr)
+        for stores in taken.stores.values():
             for store in stores.values():
                 store.forget_moments()
-        found = {e.id: found_for(e, taken) for e in running}
+        found = {e.id: found_for(e, taken) for e in self.request.experiments if e.id in numbers}
         shown = model.examples()
-        self.write_per_image(key, found, taken)
+        self.write_per_image(key, found, taken.stores)
         self.time(key, model.seconds)
-        return Finished(model.about, numbers, found, taken, reasons, shown)
+        return Finished(model.about, numbers, found, taken, shown)
 
     def has_registers(self, spec: Spec) -> bool:
         """Whether the model, as it was run before, was trained with registers and needs none."""
@@ -131,7 +156,8 @@ class Session:
         for e in request.experiments:
             each = {key: model.numbers[e.id] for key, model in self.models.items() if e.id in model.numbers}
             by_experiment[e.id] = {"title": e.title, "figure": e.figure, "results": each}
-            claims += e.claims(each, models)
+            claims += self.guarded(e, "claims", lambda e=e, each=each: e.claims(each, models), [])
+            self.guarded(e, "table", lambda e=e, each=each: tables(e, each, models), None)
         labelled = request.labelled
         return {
             "schema": SCHEMA,
@@ -160,7 +186,7 @@ class Session:
         """Those that measured; several of a package side by side."""
         found: dict[str, dict[str, None]] = {}
         for model in self.models.values():
-            for store in (store for stores in model.taken.values() for store in stores.values()):
+            for store in (store for stores in model.taken.stores.values() for store in stores.values()):
                 for name, version in store.settings["model"]["versions"].items():
                     found.setdefault(name, {})[version] = None
         return {name: ", ".join(each) for name, each in found.items()}
@@ -174,7 +200,7 @@ class Session:
                 "skipped": [{"image": self.place.name(s["image"]), "error": s["error"]} for s in store.skipped],
                 "sha256 of the prepared pixels": store.digest,
             }
-            for name, store in ((name, first(stores)) for name, stores in model.taken.items())
+            for name, store in ((name, first(stores)) for name, stores in model.taken.stores.items())
         }
         none = {"n": 0, "skipped": [], "sha256 of the prepared pixels": ""}
         return model.about.to_dict() | {
@@ -182,7 +208,8 @@ class Session:
             "patches": list(config.layout(pixels).grid),
             "images": passes.pop("clean", none),
             "other passes": passes,
-            "not run": dict(model.reasons),
+            "not run": dict(model.taken.reasons),
+            "failed": dict(model.taken.failed),
         }
 
     def write_per_image(self, key: str, found: Mapping[str, Mapping[str, Found]], taken: Mapping[str, Stores]) -> None:
@@ -212,8 +239,6 @@ class Session:
                         put(f"{each.name}/{id}/{column}", columns[column])
 
     def write(self, results: dict[str, Any]) -> None:
-        with replacing_file(self.out / "results.json") as temporary:
-            temporary.write_text(json.dumps(plain(results, finite=True), indent=1, allow_nan=False) + "\n")
         models = {key: each.about for key, each in self.models.items()}
         shown = {key: each.shown for key, each in self.models.items()}
         figures: dict[str, dict[str, Any]] = {}
@@ -223,15 +248,31 @@ class Session:
         for path in [*self.out.glob("per_image/*.npz"), *self.out.glob("examples/*.npz")]:
             if path.stem not in models:
                 path.unlink()
-        with styled():
-            for e in tqdm(self.request.experiments, "figures", disable=not self.request.progress):
-                found = {key: model.found.get(e.id, {}) for key, model in self.models.items()}
-                view = View(results["experiments"][e.id]["results"], models, found, shown)
-                figures[e.id] = e.figures(view) if view.results else {}
-                for name, figure in figures[e.id].items():
-                    write_figure(figure, self.out / "figures", name)
-            write_explorer(self.out, shown, models)
-            write_report(self.out, results, self.request.experiments, figures, "explorer.html", PASSES)
+        for e in tqdm(self.request.experiments, "figures", disable=not self.request.progress):
+            found = {key: model.found.get(e.id, {}) for key, model in self.models.items()}
+            view = View(results["experiments"][e.id]["results"], models, found, shown)
+            figures[e.id] = self.guarded(e, "figures", lambda e=e, view=view: self.draw(e, view), {})
+            results["experiments"][e.id]["failed"] = self.broken.get(e.id, [])
+        with replacing_file(self.out / "results.json") as temporary:
+            temporary.write_text(json.dumps(plain(results, finite=True), indent=1, allow_nan=False) + "\n")
+        write_explorer(self.out, shown, models)
+        write_report(self.out, results, self.request.experiments, figures, "explorer.html", PASSES)
+
+    def draw(self, e: Experiment, view: View) -> dict[str, Any]:
+        """Its figures, written."""
+        figures = e.figures(view) if view.results else {}
+        for name, figure in figures.items():
+            write_figure(figure, self.out / "figures", name)
+        return figures
+
+
+def tables(e: Experiment, each: Results, models: Mapping[str, About]) -> None:
+    """Makes the tables that the report will ask for."""
+    controls = dict.fromkeys(name for numbers in each.values() for name in numbers.get("controls", {}))
+    for name in controls:
+        e.table({key: of["controls"][name] for key, of in each.items() if name in of.get("controls", {})}, models)
+    if each:
+        e.table(each, models)
 
 
 class Finished(NamedTuple):
@@ -240,13 +281,5 @@ class Finished(NamedTuple):
     about: About
     numbers: dict[str, dict[str, Any]]
     found: dict[str, dict[str, Found]]
-    taken: dict[str, Stores]
-    reasons: dict[str, str]
+    taken: Taken
     shown: list[Example]
-
-
-def reason_of(error: Exception) -> str:
-    """In one sentence."""
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return "out of memory: take a smaller --batch-size or --size"
-    return " ".join(str(error).split())
