@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import shlex
 import signal
 import sys
@@ -49,6 +50,9 @@ class Interrupted(BaseException):
 
 
 def main(arguments: list[str] | None = None) -> int:
+    for each in (sys.stdout, sys.stderr):
+        if isinstance(each, io.TextIOWrapper):
+            each.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
     options = parser().parse_args(arguments)
     if options.command == "list":
         for e in EXPERIMENTS.values():
@@ -211,11 +215,11 @@ def models_and_images(options: argparse.Namespace) -> tuple[list[Spec], list[Pat
     if not specs:
         raise ValueError("no models: give --models MODEL .., or --preset embedded, which needs none")
     if options.test_time_registers:  # each behind the model it is made of; of those with registers none is made
-        more = [replace(spec, test_time_registers=options.test_time_registers) for spec in specs]
-        pairs = [
-            (spec, other) for spec, other in zip(specs, more, strict=True) if not spec.random and other not in specs
-        ]
-        specs = [each for spec in specs for each in (spec, *(other for base, other in pairs if base is spec))]
+        given, specs = specs, []
+        for spec in given:
+            more = replace(spec, test_time_registers=options.test_time_registers)
+            bare = not spec.random and not spec.test_time_registers
+            specs += [spec, more] if bare and more not in given else [spec]
     if options.preset == "paper" and options.images is None:
         if options.dry_run:
             return specs, [], Path()

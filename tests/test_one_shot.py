@@ -415,6 +415,15 @@ def test_a_model_whose_patches_alone_carry_the_class(folder, tmp_path):
         assert final["registers"]["top1"]["mean"] == pytest.approx(1 / 8) == final["skip"]["top1"]["mean"]
 
 
+def test_the_accuracy_of_every_draw_is_kept(folder, tmp_path):
+    asked = request(labelled.parse(str(folder)), draws=2, stage="layerscale")
+    numbers = told(run(patches_alone_tell(), asked, tmp_path), asked)
+    for classifier in ("logistic", "nearest mean"):
+        for each in numbers["layerscale"][classifier].values():
+            assert len(each["top1"]["draws"]) == numbers["draws"] == 2
+            assert each["top1"]["mean"] == pytest.approx(np.mean(each["top1"]["draws"]))
+
+
 def test_a_stopped_pass_keeps_its_labels(folder, tmp_path, monkeypatch):
     asked = request(labelled.parse(str(folder)), stage="layerscale")
     model = patches_alone_tell()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from functools import partial
@@ -340,6 +341,19 @@ def test_the_median_by_counting_is_the_median(n):
     x[4] *= 1e30
     np.testing.assert_allclose(jax.jit(median)(x), np.median(x, axis=1), rtol=1e-6)
     assert float(median(x[2:3])[0]) == 0
+
+
+def test_norms_of_outliers_are_drawn_from_the_results_alone():
+    model, e = model_of("dinov2 with registers"), b4_outliers.EXPERIMENT
+    found = found_of(e, model, random_images(0, 6, SIDE))
+    numbers = json.loads(json.dumps(e.numbers({"clean": found}, about_of(model), defaults(e))))
+    shares, edges = (numbers["distribution"][name] for name in ("shares", "edges"))
+    assert set(shares) == {"cls", "registers", "patches"}
+    for each in shares.values():
+        assert sum(each) == pytest.approx(1) and len(each) == len(edges) - 1
+    expected = np.histogram(found.keep["norms"][:, model.prefix :], edges)[0] / (6 * 25)
+    np.testing.assert_allclose(shares["patches"], expected)
+    assert set(drawn(e, {"model": numbers}, {"model": about_of(model)}, {})) == {"b4-norms", "b4-massive"}
 
 
 @pytest.mark.parametrize("family", ["dinov2", "dinov2 with registers"])

@@ -319,6 +319,27 @@ def test_what_fails_in_one_experiment_does_not_cost_the_others(tmp_path, argumen
         assert results["experiments"]["A1"]["failed"] and results["experiments"]["A1"]["results"]
 
 
+def test_names_of_any_bytes_and_batches_of_any_size(tmp_path, arguments):
+    """A file name that is not UTF-8 is written out; the checksum of pixels is the same for all sizes of batches."""
+    (tmp_path / "images").mkdir()
+    for i, name in enumerate((b"caf\xe9.png", b"tea.png", b"\xff.jpg")):
+        pixels = (tmp_path / "image.png").with_suffix(".png")
+        Image.fromarray(np.full((24, 30, 3), 40 * i, np.uint8)).save(pixels)
+        shutil.copy(pixels, os.path.join(os.fsencode(tmp_path / "images"), name))  # noqa: PTH118
+    Path(os.fsdecode(os.path.join(os.fsencode(tmp_path / "images"), b"\xff.jpg"))).write_bytes(b"no image")  # noqa: PTH118
+    digests = set()
+    for size in ("1", "2"):
+        words = [*arguments[:2], "--size", "native", "--images", str(tmp_path / "images"), "--batch-size", size]
+        out = tmp_path / f"out{size}"
+        assert main(["run", *words, "--only", "A1", "--control-images", "0", "--examples", "2", "--out", str(out)]) == 0
+        images = numbers(out)["models"]["plain"]["images"]
+        digests.add(images["sha256 of the prepared pixels"])
+        assert images["skipped"][0]["image"] == "\\xff.jpg" and "\\xff.jpg" in (out / "report.html").read_text()
+        with np.load(out / "per_image" / "plain.npz") as arrays:
+            assert set(arrays["clean/image"]) == {"caf\\xe9.png", "tea.png"}
+    assert len(digests) == 1
+
+
 def test_no_readable_image_is_an_error(tmp_path, arguments, capsys):
     """Of all images; and of those that register neurons are sought on, which costs that model alone."""
     (tmp_path / "images").mkdir()

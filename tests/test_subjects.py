@@ -11,6 +11,7 @@ from conftest import TINY, random_images, random_model
 import jaxvit
 from convert import catalogue
 from experiments import embedded
+from experiments.__main__ import models_and_images, parser
 from experiments.models import presets
 from experiments.models.subjects import Spec, family_of, keys, load
 from jaxvit import ViTConfig
@@ -40,6 +41,26 @@ def test_keys_are_short_fit_for_files_and_all_different():
     ]
     found = keys(specs)
     assert found == ["dinov2-small", "dinov2-small-2", "dinov2-small-3", "model", "b-2-test-time-registers"]
+
+
+def test_a_certificate_beside_a_model_does_not_make_it_another(tmp_path):
+    jaxvit.save(random_model(ViTConfig(**TINY)), tmp_path / "model")
+    spec = Spec(str(tmp_path / "model"))
+    before = spec.identity
+    (tmp_path / "model" / "parity.json").write_text("{}")
+    assert spec.identity == before and len(before["files"]) == 2
+    jaxvit.save(random_model(ViTConfig(**TINY), seed=1), tmp_path / "model", overwrite=True)
+    assert spec.identity != before
+
+
+def test_test_time_registers_are_added_once(monkeypatch, tmp_path):
+    """To models that have none, and not to those of a preset that were given some."""
+    monkeypatch.setattr(embedded, "model_file", lambda: tmp_path / "model.onnx")
+    (tmp_path / "image.png").touch()
+    words = ["run", "--preset", "embedded", "--images", str(tmp_path), "--test-time-registers"]
+    for count, expected in (("1", [0, 1, 0, 0]), ("2", [0, 2, 1, 0, 0])):
+        specs, _, _ = models_and_images(parser().parse_args([*words, count]))
+        assert [spec.test_time_registers for spec in specs] == expected
 
 
 def test_every_model_of_the_paper_is_known_by_source_family_and_size():

@@ -102,6 +102,7 @@ class Outliers(Experiment):
                 for name, total in clean.sums.items()
                 if name.startswith("norm ")
             },
+            "distribution": distribution(clean.keep["norms"], about.registers),
             "outliers": {
                 "mean number": count.mean(axis=0).tolist(),
                 "share of patches": (count.mean(axis=0) / patches).tolist(),
@@ -187,6 +188,19 @@ def share(inside: np.ndarray, among: np.ndarray) -> list[float]:
     return np.where(total > 0, (inside & among).sum(axis=0) / np.maximum(total, 1), np.nan).tolist()
 
 
+def distribution(norms: np.ndarray, registers: int) -> dict[str, Any]:
+    """Shares of each kind of tokens by norm, in bins that grow by a factor.
+
+    Args:
+      norms: of the tokens of some images, [n, T].
+    """
+    low, high = max(float(norms.min()), 1e-12), max(float(norms.max()), 2e-12)
+    edges, prefix = np.geomspace(0.98 * low, 1.02 * high, 50), registers + 1
+    groups = {"patches": norms[:, prefix:], "registers": norms[:, 1:prefix], "cls": norms[:, :1]}
+    shares = {name: (np.histogram(of, edges)[0] / of.size).tolist() for name, of in groups.items() if of.size}
+    return {"n": len(norms), "edges": edges.tolist(), "shares": shares}
+
+
 def norms_figure(view: View, models: list[About]) -> Figure:
     figure, axes = canvas(2, len(models), 9.0, 0.9 + 2.3 * len(models), squeeze=False)
     for (left, right), about in zip(axes, models, strict=True):
@@ -198,15 +212,9 @@ def norms_figure(view: View, models: list[About]) -> Figure:
                 left.plot(layers, norms[name], color=COLOURS[name], label=LABELS[name])
         left.plot(layers, norms["largest"], color=COLOURS["patches"], linestyle="--", label="largest patch")
         left.set(yscale="log", ylabel=f"{short(about)}\nnorm")
-        kept = view.found[about.key]["clean"].keep["norms"]
-        prefix = about.registers + 1
-        low, high = max(float(kept.min()), 1e-12), max(float(kept.max()), 2e-12)
-        bins = np.geomspace(0.98 * low, 1.02 * high, 50)
-        groups = {"patches": kept[:, prefix:], "registers": kept[:, 1:prefix], "cls": kept[:, :1]}
-        for name, values in groups.items():
-            if values.size:
-                weights = np.full(values.size, 1 / values.size)
-                right.hist(values.ravel(), bins, weights=weights, color=COLOURS[name], alpha=0.6, label=LABELS[name])
+        after = view.results[about.key]["distribution"]
+        for name, shares in after["shares"].items():
+            right.stairs(shares, after["edges"], fill=True, color=COLOURS[name], alpha=0.6, label=LABELS[name])
         right.set(xscale="log", yscale="log", ylabel="share of tokens")
     axes[0, 0].set_title("mean norm after every block")
     axes[0, 1].set_title("distribution after the last")

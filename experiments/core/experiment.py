@@ -318,6 +318,11 @@ class Experiment:
         return {}
 
 
+def readable(text: str) -> str:
+    """A text with the bytes of file names that are not UTF-8 written out, as in caf\\xe9.png."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def summary(values: np.ndarray) -> dict[str, Any]:
     """Of one number an image: n, mean, its standard error, std (of the population), min, max and quantiles.
 

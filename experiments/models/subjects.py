@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxvit import Provenance, ViT, ViTConfig, convert
 from jaxvit.convert import catalogue
+from jaxvit.io.checkpoint import PARITY
 from jaxvit.model.params import abstract, from_params, to_params
 
 from ..core.experiment import About, Subject
@@ -51,11 +52,26 @@ class Spec:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells this model from others, for the settings of a pass; of files also their sizes and ages."""
+        """What tells this model from others: sizes and ages of files, the commit of a hub id.
+
+        A certificate beside the model changes no number of it.
+        """
         path = Path(self.source)
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        stats = {} if self.random else {str(p): p.stat() for p in files if p.is_file()}
-        return asdict(self) | {"files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}
+        files = [] if self.random else [p for p in files if p.is_file() and p.name != PARITY]
+        stats = {str(p): p.stat() for p in files}
+        told = {"files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}
+        return asdict(self) | told | {"revision": "" if self.random or path.exists() else revision_of(self.source)}
+
+
+def revision_of(repo: str) -> str:
+    """The commit that a hub id stands for now, or in the cache if the hub cannot be reached; "" if none is known."""
+    try:
+        import huggingface_hub
+
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=["config.json"])).name
+    except Exception:  # of many types; loading the model tells what is wrong
+        return ""
 
 
 def keys(specs: Sequence[Spec]) -> list[str]:
@@ -68,8 +84,11 @@ def keys(specs: Sequence[Spec]) -> list[str]:
     return found
 
 
-def load(spec: Spec, key: str, dtype: str = "float32") -> Subject:
+def load(spec: Spec, key: str, dtype: str = "float32", revision: str = "") -> Subject:
     """The model, without its test-time registers, which need images: see `experiments.models.test_time`.
+
+    Args:
+      revision: of a hub id.
 
     Raises:
       convert.ConversionError, jaxvit.CheckpointError: see `convert.load`.
@@ -78,7 +97,7 @@ def load(spec: Spec, key: str, dtype: str = "float32") -> Subject:
         config = ViTConfig(**spec.random)
         model, source = random_weights(config, dtype), {"kind": "random", "seed": 0}
     else:
-        model, provenance = convert.load_described(spec.source, dtype=dtype)
+        model, provenance = convert.load_described(spec.source, dtype=dtype, revision=revision or None)
         source = told(provenance)
     config = model.config
     hub = spec.source if source.get("kind") == "hub" else Path(spec.source).name  # and not the folders it is in

@@ -255,7 +255,8 @@ def of_stage(
         tests = [unit(column[pair[:, 1]]) for pair in pairs]
         for name, classifiers in fitted.items():
             scores = [classifier.scores(test) for classifier, test in zip(classifiers, tests, strict=True)]
-            found[name][reading] = {f"top{k}": t_interval([accuracy(each, own, k) for each in scores]) for k in tops}
+            draws = {f"top{k}": [accuracy(each, own, k) for each in scores] for k in tops}
+            found[name][reading] = {top: t_interval(each) | {"draws": each} for top, each in draws.items()}
     found["fit"] = {
         "converged": sum(fit.gradient <= options["tolerance"] for fit in fits),
         "largest gradient": max(fit.gradient for fit in fits),

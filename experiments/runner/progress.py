@@ -29,7 +29,7 @@ from jaxvit.io.checkpoint import replacing_file
 
 from ..core import examples
 from ..core.examples import Example
-from ..core.experiment import About, Experiment, Found, Subject
+from ..core.experiment import About, Experiment, Found, Subject, readable
 from ..core.passes import Pass, Request
 from ..models import test_time
 from ..models.subjects import Spec, load
@@ -63,8 +63,8 @@ class Place:
         """Of an image, below the folder."""
         if isinstance(source, str | Path):
             path = Path(source)
-            return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(source)
-        return str(source)
+            source = path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else source
+        return readable(str(source))
 
     def digest(self, sources: Sequence[Any], *, ages: bool = False) -> str:
         """Of names and sizes of files, in order, and of their ages; of other images of their descriptions."""
@@ -133,7 +133,7 @@ class Model:
     def subject(self) -> Subject:
         if self.loaded is None:
             started = time.perf_counter()
-            subject = load(self.spec, self.key, self.place.dtype)
+            subject = load(self.spec, self.key, self.place.dtype, self.identity["revision"])
             if count := self.spec.test_time_registers:
                 subject = test_time.appended(subject, self.request, count)
             self.loaded = subject
@@ -396,8 +396,8 @@ def plain(value: Any, *, finite: bool = False) -> Any:
       finite: None for numbers that are not: JSON has no NaN.
     """
     if isinstance(value, Mapping):
-        return {str(key): plain(item, finite=finite) for key, item in value.items()}
+        return {readable(str(key)): plain(item, finite=finite) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, finite=finite) for item in value]
-    value = value.item() if hasattr(value, "item") else value
+    value = value.item() if hasattr(value, "item") else readable(value) if isinstance(value, str) else value
     return None if finite and isinstance(value, float) and not math.isfinite(value) else value

@@ -256,7 +256,7 @@ class Session:
         with replacing_file(self.out / "results.json") as temporary:
             temporary.write_text(json.dumps(plain(results, finite=True), indent=1, allow_nan=False) + "\n")
         write_explorer(self.out, shown, models)
-        write_report(self.out, results, self.request.experiments, figures, "explorer.html", PASSES)
+        write_report(self.out, plain(results), self.request.experiments, figures, "explorer.html", PASSES)
 
     def draw(self, e: Experiment, view: View) -> dict[str, Any]:
         """Its figures, written."""

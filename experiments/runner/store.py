@@ -33,7 +33,7 @@ from jaxvit.analysis.similarity import StreamingCKA
 from jaxvit.io.checkpoint import replacing_file
 from jaxvit.io.images import Source
 
-from ..core.experiment import KEPT, Found, Measured
+from ..core.experiment import KEPT, Found, Measured, readable
 from ..core.trace import widened
 
 SAVE_EVERY = 30.0
@@ -246,7 +246,7 @@ def run_pass(
         numbered = re.fullmatch(r"image (\d+)", name)  # what has no path
         at = int(numbered[1]) + offset if numbered else next(i for i, s in enumerate(sources) if str(s) == name)
         name = str(sources[at]) if hasattr(sources[at], "fetch") else name
-        skipped.append({"image": name, "error": str(error), "position": at})
+        skipped.append({"image": readable(name), "error": readable(str(error)), "position": at})
         bar.update()
 
     with tqdm(desc=label, total=len(sources), initial=offset, unit="image", disable=not progress, smoothing=0.1) as bar:
@@ -256,8 +256,8 @@ def run_pass(
             numbers = position + np.arange(batch_size)
             measured = run(arguments, images, numbers)
             position += int(batch.valid.sum())
-            pixels = np.asarray(batch.images)[batch.valid]
-            digest = hashlib.sha256(digest.encode() + pixels.tobytes()).hexdigest()
+            for pixels in np.asarray(batch.images)[batch.valid]:  # one by one: the same for any size of batches
+                digest = hashlib.sha256(digest.encode() + pixels.tobytes()).hexdigest()
             # The batch before is summed up while this one is computed.
             if waiting is not None:
                 absorb(*waiting)
