@@ -237,7 +237,7 @@ def test_intervals_are_over_draws_that_share_no_image():
     one = numbers_of(found)
     assert (one["draws"], one["draws that share no image"]) == (10, 1)
     assert "10 draws of which 1 share no image: intervals are too short" in sample(one)
-    results, models = results_of({"S": 0.6, "g": 0.1})
+    results, models = results_of({"S": 0.6, "L": 0.1, "g": 0.1})
     for each in results.values():
         each |= {"draws": 10, "draws that share no image": 1}
     (claim,) = EXPERIMENT.claims(results, models)
@@ -419,9 +419,9 @@ def test_the_accuracy_of_every_draw_is_kept(folder, tmp_path):
     asked = request(labelled.parse(str(folder)), draws=2, stage="layerscale")
     numbers = told(run(patches_alone_tell(), asked, tmp_path), asked)
     for classifier in ("logistic", "nearest mean"):
-        for each in numbers["layerscale"][classifier].values():
-            assert len(each["top1"]["draws"]) == numbers["draws"] == 2
-            assert each["top1"]["mean"] == pytest.approx(np.mean(each["top1"]["draws"]))
+        for reading, each in numbers["layerscale"][classifier].items():
+            draws = numbers["layerscale"]["draws"][classifier][reading]["top1"]
+            assert len(draws) == numbers["draws"] == 2 and each["top1"]["mean"] == pytest.approx(np.mean(draws))
 
 
 def test_a_stopped_pass_keeps_its_labels(folder, tmp_path, monkeypatch):
@@ -673,7 +673,7 @@ def test_the_claim_is_of_the_patches_in_large_and_small_models():
     assert claim.holds is False  # far less, but within the intervals
     (claim,) = EXPERIMENT.claims(*results_of({"S": 0.6}))
     assert claim.holds is None
-    results, models = results_of({"S": 0.6, "g": 0.1})
+    results, models = results_of({"S": 0.6, "L": 0.1, "g": 0.1})
     for each in results.values():
         each["reading"] |= {"keep_cls": True, "l2": 0.1}
     assert EXPERIMENT.claims(results, models)[0].text.endswith("(read: keep cls, l2 0.1).")
@@ -689,7 +689,7 @@ def test_the_claim_is_of_the_patches_in_large_and_small_models():
 
 
 def test_table_and_figure_show_accuracies_and_chance():
-    results, models = results_of({"S": 0.6, "g": 0.1})
+    results, models = results_of({"S": 0.6, "L": 0.1, "g": 0.1})
     table = EXPERIMENT.table(results, models)
     assert [row[0] for row in table.rows] == ["S", "S", "g", "g"]
     assert all(len(row) == len(table.head) for row in table.rows)

@@ -26,6 +26,7 @@ from experiments.beyond import (
 )
 from experiments.core import controls, examples
 from experiments.core.charts import styled, write_figure
+from experiments.core.claims import FEWEST
 from experiments.core.experiment import Experiment, Measured, Subject, View
 from experiments.core.passes import Clean, Request
 from experiments.core.trace import cls_reading, median, observe, parts, widened
@@ -297,11 +298,11 @@ def test_cka_under_controls_is_of_clean_and_changed_cls(tmp_path):
     assert cka["biased"] == pytest.approx(expected, rel=1e-3)
 
 
-def b2_planted(zero: float, others: float):
+def b2_planted(zero: float, others: float, n: int = FEWEST):
     return {
         c.name: {
             **{
-                of: {"mean": zero if c.kind == "zero" else others, "sem": 0.0}
+                of: {"n": n, "mean": zero if c.kind == "zero" else others, "sem": 0.0}
                 for of in ("cosine cls", "cosine patches")
             },
             "norm patches": {"mean": 0.1},
@@ -320,6 +321,10 @@ def test_the_claim_of_zeros_is_tested():
         (claim,) = e.claims({"with": b2_planted(zero, others), "without": {}}, models)
         assert (claim.holds, claim.on, claim.ordering) == (holds, "F", 0)
         assert f"{zero:.3f}" in claim.by and f"{others:.3f}" in claim.by
+    (claim,) = e.claims({"with": b2_planted(0.3, 0.9, n=3)}, models)
+    assert claim.holds is None and claim.by.startswith("needs at least 30 images") and claim.by.endswith("n = 3")
+    (claim,) = e.claims({"with": b2_planted(0.3, float("nan"))}, models)
+    assert claim.holds is None and claim.by.startswith("undefined")
     assert e.claims({}, models) == [] and e.claims({"without": {}}, models) == []
     assert e.refuses(about) is None
     one = request_of(pictures(1), [e])
@@ -470,6 +475,10 @@ def test_test_time_registers_take_a_planted_outlier(mlp, tmp_path):
     assert numbers["plain"]["above the plain limit"] == numbers["plain"]["outliers"]
     assert numbers["plain"]["outliers"]["min"] == 1 and moved["above the plain limit"]["max"] == 0
     assert numbers["plain"]["cosine cls"]["min"] > 1 - 1e-5 and "register norm" not in numbers["plain"]
+    (claim,) = b5_test_time_registers.EXPERIMENT.claims({"model": numbers}, {"model": about_of(model)})
+    assert claim.holds is None and claim.by.startswith("needs at least 30 images")
+    for run in b5_test_time_registers.RUNS:
+        numbers[run]["largest norm"]["n"] = FEWEST
     (claim,) = b5_test_time_registers.EXPERIMENT.claims({"model": numbers}, {"model": about_of(model)})
     assert claim.holds is True
     swapped = numbers | {"register neurons": numbers["random neurons"], "random neurons": moved}

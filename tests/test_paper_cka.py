@@ -658,7 +658,8 @@ def test_a9_claims_a_fall_in_each_family_without_registers(registers):
 
     found = claims()
     holds = {name: (claim.ordering, claim.holds) for name, claim in found.items()}
-    assert holds == {"DINOv2": (5, True), "CLIP": (5, False), "DeiT III": (0, True), "iBOT": (5, None)}
+    assert holds == {"DINOv2": (5, True), "CLIP": (5, False), "DeiT III": (0, None), "iBOT": (5, None)}
+    assert found["DeiT III"].by == "needs DeiT III L"
     assert "S 0.900" in found["DINOv2"].by and found["DINOv2"].by.endswith("; n = 30")
     assert found["DINOv2"].on == "DINOv2: S, B, L, g" and "0.02" in found["DINOv2"].text
     # It falls from each size to the next, and not only from small to large.

@@ -461,6 +461,11 @@ def test_a1_claims():
     assert verdicts(A1, some, models) == [None, True]  # large ones alone: their spread can be compared
     undefined = of((0.1, math.nan, 0.4, 0.3), (1, math.nan, 1, 2))
     assert verdicts(A1, undefined, models) == [None, None]
+    assert all(claim.by.startswith("undefined") for claim in told(A1, undefined, models))
+    whole = of((0.1, 0.2, 0.4, 0.3), (1, 1, 1, 2))
+    pair = {key: whole[key] for key in ("DINOv2-S", "DINOv2-L")}  # S and L say nothing of g, which is large too
+    assert [claim.by for claim in told(A1, pair, models)] == ["needs DINOv2 g"] * 2
+    assert {claim.by for claim in told(A1, {}, models)} == {"no numbers of DINOv2-S, DINOv2-B, DINOv2-L and DINOv2-g"}
 
 
 def test_the_largest_model_is_the_papers():
@@ -601,8 +606,10 @@ def test_a8_claims():
     assert verdicts(A8, of(dino, n=FEWEST - 1), models) == [None]
     deit = {"DeiT III-S": 0.5, "DeiT III-B": 0.4}
     for large, holds in ((0.38, True), (0.54, True), (0.56, False), (0.36, True), (0.34, False)):
-        assert verdicts(A8, of(deit | {"DeiT III-H": large}), models, "DeiT III") == [holds], large
-    (claim,) = (c for c in told(A8, of(deit | {"DeiT III-H": 0.34}), models) if c.on.startswith("DeiT III:"))
+        assert verdicts(A8, of(deit | {"DeiT III-L": large, "DeiT III-H": large}), models, "DeiT III") == [holds], large
+    (claim,) = (
+        c for c in told(A8, of(deit | {"DeiT III-L": 0.34, "DeiT III-H": 0.34}), models) if c.on.startswith("DeiT III:")
+    )
     assert claim.ordering == 5 and claim.by.endswith("above by -0.160, below by 0.060; n = 30")
     assert verdicts(A8, of({"DeiT III-L": 0.5}), models, "DeiT III") == [None]
     one_block = {key: {"reading": "raw", "raw": [{"n": 40, "mean": 1.0}]} for key in ("DINOv2-S", "DINOv2-g")}

@@ -35,6 +35,7 @@ from jaxvit import ViT
 from jaxvit.analysis.similarity import cosine
 
 from ..core.charts import SIZES, canvas, number, ordered, short
+from ..core.claims import decide, images_of, mean_of
 from ..core.controls import KINDS, Control, controls_of
 from ..core.experiment import About, Claim, Experiment, Found, Measured, Pairs, Results, Table, View, summary
 from ..core.trace import Trace
@@ -82,26 +83,30 @@ class Replacement(Experiment):
         for about in ordered({key: models[key] for key in results}):
             if not about.registers or not results[about.key]:
                 continue
-            means = {
-                (kind, of): results[about.key][Control("registers", kind, "every").name][f"cosine {of}"]["mean"]
+            cosines = {
+                (kind, of): results[about.key][Control("registers", kind, "every").name][f"cosine {of}"]
                 for kind in KINDS
                 for of in ("cls", "patches")
             }
+            means = {at: mean_of(summary) for at, summary in cosines.items()}
             gaps = [means[kind, of] - means["zero", of] for kind in KINDS[1:] for of in ("cls", "patches")]
             told = [
                 f"{name} {number(means['zero', of])} against "
                 + ", ".join(f"{number(means[kind, of])} ({kind})" for kind in KINDS[1:])
                 for of, name in (("cls", "[CLS]"), ("patches", "patches"))
             ]
+            n = [images_of(summary) for summary in cosines.values()]
+            verdict = decide(
+                f"cosine with the clean run: {'; '.join(told)}", n, means.values(), lambda gaps=gaps: min(gaps) > 0
+            )
             found.append(
                 Claim(
-                    ordering=0,
-                    experiment=self.id,
-                    text=f"{about.name}: registers of zeros in every block change [CLS] and patches more than their "
+                    0,
+                    self.id,
+                    f"{about.name}: registers of zeros in every block change [CLS] and patches more than their "
                     "mean, noise, or another image's registers do (arXiv 2604.14433 finds this of probes' accuracy).",
-                    holds=min(gaps) > 0,
-                    by=f"cosine with the clean run: {'; '.join(told)}",
-                    on="random weights" if about.weights == "random" else about.family,
+                    *verdict,
+                    "random weights" if about.weights == "random" else about.family,
                 )
             )
         return found

@@ -49,6 +49,7 @@ from jaxvit.interventions.constructors import select
 from jaxvit.model.edits import Edits
 
 from ..core.charts import SIZES, canvas, name_models, number, ordered, short
+from ..core.claims import Verdict, decide, images_of, mean_of
 from ..core.experiment import About, Claim, Experiment, Found, Measured, Option, Results, Subject, Table, View
 from ..core.experiment import summary as summary_of
 from ..core.passes import Pass, Request
@@ -185,22 +186,24 @@ class Moved(Experiment):
         found = []
         for about in ordered({key: models[key] for key in results}):
             numbers = results[about.key]
-            largest = {run: numbers[run]["largest norm"]["mean"] for run in RUNS}
-            register = numbers["register neurons"]["register norm"]["mean"]
+            largest = {run: mean_of(numbers[run]["largest norm"]) for run in RUNS}
+            register = mean_of(numbers["register neurons"]["register norm"])
             told = ", ".join(f"{run} {number(value, 1)}" for run, value in largest.items())
             lower = largest["register neurons"] < min(largest[run] for run in RUNS[:3])
             holds = lower and register > largest["register neurons"]
+            told = f"largest norm of a patch: {told}; of the token {number(register, 1)}"
+            n = [images_of(numbers[run]["largest norm"]) for run in RUNS]
+            verdict = decide(told, n, [*largest.values(), register], lambda holds=holds: holds)
+            if numbers["no outliers"]:
+                verdict = Verdict(None, "no image has an outlier")
             found.append(
                 Claim(
-                    ordering=0,
-                    experiment=self.id,
-                    text=f"{about.name}: moving the register neurons to an appended token lowers the largest norm of a "
+                    0,
+                    self.id,
+                    f"{about.name}: moving the register neurons to an appended token lowers the largest norm of a "
                     "patch, more than moving random ones does, and the token takes the larger norm (arXiv 2506.08010).",
-                    holds=None if numbers["no outliers"] else holds,
-                    by="no image has an outlier"
-                    if numbers["no outliers"]
-                    else f"largest norm of a patch: {told}; of the token {number(register, 1)}",
-                    on="random weights" if about.weights == "random" else about.family,
+                    *verdict,
+                    "random weights" if about.weights == "random" else about.family,
                 )
             )
         return found

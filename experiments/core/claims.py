@@ -1,17 +1,21 @@
 """The paper's statements about model sizes, as functions of numbers; every experiment states its own.
 
 The paper's orderings are of the families it studied (`PAPER`). On others, and on random weights, the same is tested and
-reported as no ordering of the paper's. A statement about the largest model needs the largest size of the paper's
-family. No statement is decided on fewer than 30 images.
+reported as no ordering of the paper's.
+
+One rule decides everywhere (`lacking`, `decide`). A statement over sizes needs a small model and all sizes that the
+paper calls large; one about the largest needs that size. No statement is decided on fewer than 30 images, or where a
+number is undefined. What is not decided says what was missing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from .charts import listed
 from .experiment import About, Claim, Option, Results
 
 PAPER = {1: ("DINOv2",), 2: ("DINOv2",), 3: ("DINOv2",), 4: ("DINOv2",), 5: ("DINOv2", "CLIP", "iBOT")}
@@ -89,15 +93,16 @@ def tested(
         said = with_reading(said, options, results[members[0].key].get("reading", {}))
         on = f"{family}: {', '.join(a.name for a in members)}"
         claims.append(Claim(ordering if own else 0, experiment, said, *test(members), on))
-    if missing := [family for family in paper if family not in given]:
-        needed = f"needs trained models {'with' if registers else 'without'} registers{more}"
-        claims.append(Claim(ordering, experiment, text, None, needed, ", ".join(missing)))
+    present = by_family(models, registers=registers, among=list(models))
+    numberless = [family for family in paper if family in present and family not in given]
+    missing = [family for family in paper if family not in present]
+    for families, needed in (
+        (numberless, f"no numbers of {listed([a.name for family in numberless for a in present[family]])}{more}"),
+        (missing, f"needs trained models {'with' if registers else 'without'} registers{more}"),
+    ):
+        if families:
+            claims.append(Claim(ordering, experiment, text, None, needed, ", ".join(families)))
     return claims
-
-
-def listed(names: Sequence[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def with_reading(text: str, options: Sequence[Option], reading: Mapping[str, Any] | str) -> str:
@@ -172,11 +177,28 @@ def counted(images: Sequence[int]) -> str:
     return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
-def too_few(images: Sequence[int], told: str) -> Verdict | None:
-    """That there are too few images to decide."""
-    if min(images) >= FEWEST:
-        return None
-    return Verdict(None, f"needs at least {FEWEST} images: {told}; {counted(images)}")
+def lacking(models: Sequence[About]) -> str:
+    """What a family lacks for a statement over its sizes, or ""."""
+    wanted, given = large_sizes(models), {about.size for about in models}
+    if missing := [size for size in wanted if size not in given]:
+        return f"needs {models[0].family} {' and '.join(missing)}"
+    return "" if all(sides(models)) else TWO
+
+
+def decide(told: str, images: Sequence[int], values: Iterable[float], test: Callable[[], bool]) -> Verdict:
+    """Whether a statement holds, on enough images and numbers that are defined.
+
+    Args:
+      told: the numbers, in words.
+      images: how many each is of.
+      values: the numbers that the test reads.
+    """
+    told = f"{told}; {counted(images)}"
+    if min(images) < FEWEST:
+        return Verdict(None, f"needs at least {FEWEST} images: {told}")
+    if not all(map(math.isfinite, values)):
+        return Verdict(None, f"undefined: {told}")
+    return Verdict(test(), told)
 
 
 def images_of(summary: Mapping[str, Any] | None) -> int:
@@ -227,19 +249,18 @@ def compare(
             return Verdict(None, f"needs a model smaller than {large[0].size}")
     else:
         small, large = sides(models)
-        if not small or not large:
-            return Verdict(None, TWO)
+        if missing := lacking(models):
+            return Verdict(None, missing)
     called, values = names(models), {a.key: value(a) for a in models}
-    n = [images(a) for a in models]
     told = ", ".join(f"{called[key]} {x:.{digits}f}" for key, x in values.items())
-    if few := too_few(n, told):
-        return few
-    if not all(math.isfinite(v) for v in values.values()):
-        return Verdict(None, f"undefined: {told}; {counted(n)}")
     low, high = min(values[a.key] for a in large), max(values[a.key] for a in small)
-    holds = low > high and low - high >= more and (times == 1 or low >= times * high)
-    by = f"{low / high:.2f} times" if times != 1 and high > 0 else f"gap {low - high:+.{digits}f}"
-    return Verdict(holds, f"{told}; {by}; {counted(n)}")
+    if math.isfinite(low - high):
+        told += f"; {low / high:.2f} times" if times != 1 and high > 0 else f"; gap {low - high:+.{digits}f}"
+
+    def test() -> bool:
+        return low > high and low - high >= more and (times == 1 or low >= times * high)
+
+    return decide(told, [images(a) for a in models], values.values(), test)
 
 
 def falls(levels: Sequence[Sequence[float]], rise: float = 0) -> bool:

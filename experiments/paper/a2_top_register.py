@@ -36,7 +36,7 @@ from matplotlib.patches import Patch
 from jaxvit import ViT
 
 from ..core.charts import COLOURS, canvas, caption, number, ordered, percent, short
-from ..core.claims import Verdict, counted, images_of, largest_of, names, stated, tested, too_few
+from ..core.claims import Verdict, decide, images_of, largest_of, names, stated, tested
 from ..core.experiment import About, Claim, Experiment, Found, Measured, Option, Results, Table, View, summary
 from ..core.trace import Trace
 
@@ -141,18 +141,17 @@ class TopRegister(Experiment):
         }
 
     def claims(self, results: Results, models: Mapping[str, About]) -> list[Claim]:
-        def test(decide: Any) -> Any:
+        def test(judge: Any) -> Any:
             def tell(members: list[About]) -> Verdict:
                 large, missing = largest_of(members)
                 if not large:
                     return Verdict(None, missing)
-                verdicts = [decide(results[about.key]) for about in large]
+                verdicts = [judge(results[about.key]) for about in large]
                 told = ", ".join(f"{names(members)[a.key]}: {v.by}" for a, v in zip(large, verdicts, strict=True))
                 n = [images_of(results[about.key]["highest norm"]) for about in large]
-                if few := too_few(n, told):
-                    return few
                 holds = [v.holds for v in verdicts]
-                return Verdict(None if None in holds else all(holds), f"{told}; {counted(n)}")
+                known = [math.nan if held is None else 0.0 for held in holds]
+                return decide(told, n, known, lambda: all(holds))
 
             return tell
 
@@ -161,13 +160,13 @@ class TopRegister(Experiment):
             return Verdict(share == 1, f"register {of['register']}, in {percent(share)} of images")
 
         def cosines(holds: Any) -> Any:
-            def decide(of: Mapping[str, Any]) -> Verdict:
+            def judge(of: Mapping[str, Any]) -> Verdict:
                 before, after = (stated(of, f"cosine {place}") for place in PLACES)
                 known = math.isfinite(before) and math.isfinite(after)
                 told = f"{number(before, 4)} before, {number(after, 4)} after"
                 return Verdict(holds(before, after) if known else None, told)
 
-            return decide
+            return judge
 
         read = [option for option in self.options if option.name == "register"]
         return [

@@ -30,9 +30,9 @@ and parts that vary together both have a high one. A part that does not vary has
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import jax
@@ -45,19 +45,7 @@ from jaxvit.analysis.decompose import einsum, readout
 
 from ..core import charts
 from ..core.cka import cka_bars, cka_images, cka_table, controls_figure, plain_cka, told_ckas, unbiased
-from ..core.claims import (
-    TWO,
-    Verdict,
-    counted,
-    falls,
-    groups,
-    large_sizes,
-    largest_of,
-    names,
-    sides,
-    tested,
-    too_few,
-)
+from ..core.claims import Verdict, decide, falls, groups, lacking, largest_of, names, sides, tested
 from ..core.experiment import About, Claim, Experiment, Found, Measured, Option, Pairs, Results, Table, View
 from ..core.trace import READINGS, Trace, by_source, cls_reading
 
@@ -120,21 +108,13 @@ class UpdateCKA(Experiment):
 
 def falls_in(results: Results, members: Sequence[About]) -> Verdict:
     """The paper's: in a family that was given with all of its large sizes."""
+    if missing := lacking(members):
+        return Verdict(None, missing)
     small, large = sides(members)
-    missing = [size for size in large_sizes(members) if size not in {about.size for about in large}]
-    if missing:
-        return Verdict(None, f"needs {members[0].family} {' and '.join(missing)}")
-    if not small or not large:
-        return Verdict(None, TWO)
-    by = told_ckas(results, members, "patches")
-    if few := too_few([cka_images(results, about) for about in members], by):
-        return few
     values = {about.key: unbiased(results, about, "patches") for about in members}
-    holds = None
-    if all(map(math.isfinite, values.values())):
-        levels = [[values[about.key] for about in each] for each in (small, *groups(large))]
-        holds = min(levels[0]) > ALMOST_ALL and falls(levels)
-    return Verdict(holds, f"{by}; {counted([cka_images(results, about) for about in members])}")
+    levels = [[values[about.key] for about in each] for each in (small, *groups(large))]
+    told, n = told_ckas(results, members, "patches"), [cka_images(results, about) for about in members]
+    return decide(told, n, values.values(), lambda: min(levels[0]) > ALMOST_ALL and falls(levels))
 
 
 def overtakes(results: Results, members: Sequence[About]) -> Verdict:
@@ -144,11 +124,8 @@ def overtakes(results: Results, members: Sequence[About]) -> Verdict:
     values = {a.key: [unbiased(results, a, name) for name in ("registers", "patches")] for a in large}
     called = names(members)
     each = (f"{called[key]} {charts.number(a)} against {charts.number(b)}" for key, (a, b) in values.items())
-    by, n = f"unbiased: {', '.join(each)}", [cka_images(results, about) for about in large]
-    if few := too_few(n, by):
-        return few
-    defined = all(math.isfinite(x) for pair in values.values() for x in pair)
-    return Verdict(all(a > b for a, b in values.values()) if defined else None, f"{by}; {counted(n)}")
+    told, n = f"unbiased: {', '.join(each)}", [cka_images(results, about) for about in large]
+    return decide(told, n, chain(*values.values()), lambda: all(a > b for a, b in values.values()))
 
 
 def readings(trace: Trace, model: ViT, *, renormalise: bool, keep_cls: bool, stage: str) -> Pairs:

@@ -56,7 +56,7 @@ from matplotlib.figure import Figure
 from jaxvit import ViT
 
 from ..core import charts
-from ..core.claims import FAR, TWO, Verdict, names, sides, tested
+from ..core.claims import FAR, Verdict, lacking, names, sides, tested
 from ..core.classify import Classifier, accuracy, logistic_regression, nearest_mean, t_interval, unit
 from ..core.experiment import SOURCES, About, Claim, Experiment, Found, Measured, Option, Results, Table, View
 from ..core.trace import Trace, cls_reading, parts
@@ -142,9 +142,9 @@ class OneShot(Experiment):
         among = {key: numbers for key, numbers in results.items() if "layerscale" in numbers}
 
         def test(members: list[About]) -> Verdict:
+            if missing := lacking(members):
+                return Verdict(None, missing)
             small, large = sides(members)
-            if not small or not large:
-                return Verdict(None, TWO)
             each = {about.key: shown(among[about.key], "layerscale", LOGISTIC, "patches") for about in members}
             called = names(members)
             by = ", ".join(f"{called[key]} {spell(one)}" for key, one in each.items())
@@ -250,13 +250,16 @@ def of_stage(
         fitted[LOGISTIC].append(fits[-1].classifier)
         fitted[NEAREST].append(nearest_mean(train, own, C))
     found: dict[str, Any] = {name: {} for name in fitted}
+    draws: dict[str, Any] = {name: {} for name in fitted}
     for reading in readings:
         column = full if reading == "full" else np.asarray(columns[f"{stage} {reading}"])
         tests = [unit(column[pair[:, 1]]) for pair in pairs]
         for name, classifiers in fitted.items():
             scores = [classifier.scores(test) for classifier, test in zip(classifiers, tests, strict=True)]
-            draws = {f"top{k}": [accuracy(each, own, k) for each in scores] for k in tops}
-            found[name][reading] = {top: t_interval(each) | {"draws": each} for top, each in draws.items()}
+            each = {f"top{k}": [accuracy(score, own, k) for score in scores] for k in tops}
+            found[name][reading] = {top: t_interval(values) for top, values in each.items()}
+            draws[name][reading] = each
+    found["draws"] = draws
     found["fit"] = {
         "converged": sum(fit.gradient <= options["tolerance"] for fit in fits),
         "largest gradient": max(fit.gradient for fit in fits),

@@ -23,8 +23,8 @@ that; of 30 images or more.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from jaxtyping import Array
@@ -34,7 +34,7 @@ from jaxvit import ViT
 
 from ..core import charts
 from ..core.cka import cka_bars, cka_images, cka_table, controls_figure, plain_cka, told_ckas, unbiased
-from ..core.claims import TWO, Verdict, counted, falls, groups, sides, tested, too_few
+from ..core.claims import Verdict, decide, falls, groups, lacking, tested
 from ..core.experiment import About, Claim, Experiment, Found, Measured, Option, Pairs, Results, Table, View
 from ..core.trace import Trace, cls_reading, parts
 
@@ -70,14 +70,11 @@ class SkipCKA(Experiment):
         )
 
         def test(members: list[About]) -> Verdict:
-            if not all(sides(members)):
-                return Verdict(None, TWO)
-            by, n = told_ckas(results, members, "patches"), [cka_images(results, about) for about in members]
-            if few := too_few(n, by):
-                return few
+            if missing := lacking(members):
+                return Verdict(None, missing)
             levels = [[unbiased(results, about, "patches") for about in group] for group in groups(members)]
-            defined = all(math.isfinite(x) for level in levels for x in level)
-            return Verdict(falls(levels, RISE) if defined else None, f"{by}; {counted(n)}")
+            by, n = told_ckas(results, members, "patches"), [cka_images(results, about) for about in members]
+            return decide(by, n, chain(*levels), lambda: falls(levels, RISE))
 
         return tested(5, self.id, text, test, results, models, registers=False, options=self.options)
 

@@ -256,7 +256,7 @@ def headline(results: Mapping[str, Any], models: Mapping[str, About]) -> str:
     tiles = [
         ("The paper’s claims that hold", sum(c["holds"] is True for c in real), "on trained weights"),
         ("that do not hold", sum(c["holds"] is False for c in real), "on trained weights"),
-        ("not tested", sum(c["holds"] is None for c in real), "models missing"),
+        ("not tested", sum(c["holds"] is None for c in real), "each claim says why"),
     ]
     if random:
         tiles.append(("run on random weights", random, "not evidence"))
