@@ -689,7 +689,7 @@ def test_the_claim_is_of_the_patches_in_large_and_small_models():
 
 
 def test_table_and_figure_show_accuracies_and_chance():
-    results, models = results_of({"S": 0.6, "L": 0.1, "g": 0.1})
+    results, models = results_of({"S": 0.6, "g": 0.1})
     table = EXPERIMENT.table(results, models)
     assert [row[0] for row in table.rows] == ["S", "S", "g", "g"]
     assert all(len(row) == len(table.head) for row in table.rows)

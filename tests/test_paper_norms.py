@@ -513,7 +513,7 @@ def test_models_of_the_largest_size_are_not_compared_with_each_other():
 
 
 def test_a1_of_the_mass_says_so():
-    models = family("Sg", registers=True)
+    models = family("SLg", registers=True)
     ratio, mass = "registers of both", "registers"
     for figure, expected in (("ratio", True), ("mass", False)):
         results = {
@@ -522,7 +522,7 @@ def test_a1_of_the_mass_says_so():
                 mass: {"n": 40, "mean": -m, "std": -m},
                 "reading": {"figure": figure},
             }
-            for s, m in (("S", 0.1), ("g", 0.4))
+            for s, m in (("S", 0.1), ("L", 0.3), ("g", 0.4))
         }
         claims = told(A1, results, models)
         assert [c.holds for c in claims] == [expected] * 2

@@ -2,14 +2,18 @@
 
 import dataclasses
 import hashlib
+import json
 
 import jax
 import numpy as np
 import pytest
 from conftest import TINY, random_images, random_model
+from layouts import numbers as drawn
+from layouts import tiny, transformers_json, transformers_state, write_safetensors
 
 import jaxvit
 from convert import catalogue
+from convert.__main__ import main as convert_main
 from experiments import embedded
 from experiments.__main__ import models_and_images, parser
 from experiments.models import presets
@@ -41,6 +45,22 @@ def test_keys_are_short_fit_for_files_and_all_different():
     ]
     found = keys(specs)
     assert found == ["dinov2-small", "dinov2-small-2", "dinov2-small-3", "model", "b-2-test-time-registers"]
+
+
+def test_a_converted_folder_says_that_its_weights_are_random(tmp_path, capsys):
+    """It is told by who converts, or saves; nothing else knows."""
+    config = tiny(registers=2)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(transformers_json(config)))
+    write_safetensors(source / "model.safetensors", transformers_state(config, drawn(config)))
+    for name, words in (("trained", []), ("random", ["--random"])):
+        assert convert_main(["convert", str(source), str(tmp_path / name), *words]) == 0
+        assert ("weights: random" in capsys.readouterr().out) == (name == "random")
+        about = load(Spec(str(tmp_path / name)), name).about
+        assert (about.weights, about.registers_are) == (name, name)
+    jaxvit.save(random_model(ViTConfig(**TINY)), tmp_path / "saved", jaxvit.Provenance({"kind": "random"}))
+    assert load(Spec(str(tmp_path / "saved")), "saved").about.weights == "random"
 
 
 def test_a_certificate_beside_a_model_does_not_make_it_another(tmp_path):

@@ -100,8 +100,9 @@ def load(spec: Spec, key: str, dtype: str = "float32", revision: str = "") -> Su
         model, provenance = convert.load_described(spec.source, dtype=dtype, revision=revision or None)
         source = told(provenance)
     config = model.config
+    random = "random" in (source.get("kind"), source.get("weights"))  # as its folder says
     hub = spec.source if source.get("kind") == "hub" else Path(spec.source).name  # and not the folders it is in
-    family = "random" if spec.random else family_of([spec.name, hub], config)
+    family = "random" if random else family_of([spec.name, hub], config)
     about = About(
         key=key,
         name=spec.title,
@@ -112,8 +113,8 @@ def load(spec: Spec, key: str, dtype: str = "float32", revision: str = "") -> Su
         heads=config.heads,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(model)),
         registers=config.registers,
-        registers_are="none" if not config.registers else "random" if spec.random else "trained",
-        weights="random" if spec.random else "trained",
+        registers_are="none" if not config.registers else "random" if random else "trained",
+        weights="random" if random else "trained",
         source=source,
         config=config.to_dict(),
     )
