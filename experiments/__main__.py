@@ -37,7 +37,7 @@ from .models.subjects import Spec
 from .runner.dry_run import announce
 from .runner.folder import alone, present
 from .runner.progress import Place
-from .runner.registry import EVERY, EXPERIMENTS, PASSES
+from .runner.registry import EVERY, EXPERIMENTS, PASSES, plug
 from .runner.session import Session
 
 ROWS = 12
@@ -53,6 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
     for each in (sys.stdout, sys.stderr):
         if isinstance(each, io.TextIOWrapper):
             each.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--plugin", nargs="+", type=Path, default=[])
+    try:
+        for path in early.parse_known_args(arguments)[0].plugin:  # whose experiments the parser is to know
+            plug(path)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     options = parser().parse_args(arguments)
     if options.command == "list":
         for e in EXPERIMENTS.values():
@@ -128,6 +136,7 @@ def common(command: argparse.ArgumentParser) -> None:
         help="run each model without registers a second time, with N of them appended",
     )
     how = command.add_argument_group("running")
+    how.add_argument("--plugin", nargs="+", metavar="FILE", help="experiments of your own: see docs/experiments.md")
     how.add_argument("--out", type=user_path, help="folder for the results (default: out/ and the preset's name)")
     how.add_argument("--resume", action="store_true", help="go on with what is in --out; only what is new is measured")
     how.add_argument("--overwrite", action="store_true", help="replace what is in --out")

@@ -10,8 +10,10 @@ import venv
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from layouts import expected, hub_state, numbers, tiny, write_safetensors
+from PIL import Image
 
 import jaxvit
 from jaxvit import cli
@@ -85,6 +87,14 @@ def test_the_wheel(tmp_path):
     assert run(command, "convert", "gone.pth", "other", cwd=work, fails=True).count("\n") == 1
     assert "facebook/dinov2-small" in run(command, "list", cwd=work)
     assert "--only" in run(command, "run", "--help", cwd=work)
+    (work / "images").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((56, 56, 3), 60 * i, np.uint8)).save(work / "images" / f"{i}.png")
+    own_experiment = re.findall(r"```python\n(.*?)```", (ROOT / "docs/experiments.md").read_text(), flags=re.DOTALL)[0]
+    (work / "my_experiments.py").write_text(own_experiment)
+    words = ["run", "--plugin", "my_experiments.py", "--only", "Z1", "--models", "model", "--images", "images"]
+    assert "Z1  Lengths" in run(command, *words, "--size", "56", "--examples", "1", "--out", "out", cwd=work)
+    assert "Lengths of the patches" in (work / "out" / "report.html").read_text()
     code = """
         import sys
         import jaxvit.convert

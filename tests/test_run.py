@@ -360,6 +360,33 @@ def test_no_readable_image_is_an_error(tmp_path, arguments, capsys):
     assert results["experiments"]["A1"]["results"]["plain"]
 
 
+def test_an_experiment_of_ones_own_is_run_like_the_others(tmp_path, toys, arguments, environment):
+    """That of docs/experiments.md, from a file, under controls too."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/experiments.md").read_text(), flags=re.DOTALL)[0]
+    controlled = '    title = "Lengths of the patches\' values"\n'
+    more = '    passes = ("clean", "controls")\n    controlled = True\n'
+    (tmp_path / "my_experiments.py").write_text(code.replace(controlled, controlled + more))
+    out, plugin = tmp_path / "out", ["--plugin", tmp_path / "my_experiments.py"]
+    told = succeeds(
+        environment, "run", *arguments, *plugin, "--only", "Z1", "A1", "--control-images", "4", "--out", out
+    )
+    assert (
+        "\nZ1  Lengths of the patches' values" in told and "Lengths of the patches" in (out / "report.html").read_text()
+    )
+    found = numbers(out)["experiments"]["Z1"]["results"]["registers"]
+    assert (
+        found["layers"][-1]["n"] == CLASSES * EACH and found["controls"]["registers zero every"]["layers"][-1]["n"] == 4
+    )
+    with np.load(out / "per_image" / "registers.npz") as arrays:
+        name, lengths = arrays["clean/image"][0], arrays["clean/Z1/length"]
+    model = jaxvit.load(toys / "registers")
+    image = jaxvit.prepare(toys / "images" / name, model.config)
+    v = model(image, record="v").trace["v"][:, 0, model.prefix :]
+    np.testing.assert_allclose(lengths[0], np.linalg.norm(v, axis=-1).mean((1, 2)), rtol=1e-5)
+    (tmp_path / "empty.py").write_text("")
+    assert "has no EXPERIMENT" in last_line(start(environment, "run", *arguments, "--plugin", tmp_path / "empty.py"))
+
+
 def test_one_run_at_a_time_writes_to_a_folder(tmp_path, capsys):
     with alone(tmp_path), pytest.raises(ValueError, match="another run is writing"), alone(tmp_path):
         pass

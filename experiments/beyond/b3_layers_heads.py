@@ -62,7 +62,9 @@ class LayersHeads(Experiment):
 
     def measure(self, trace: Trace, model: ViT, options: Mapping[str, Any]) -> Measured:
         chosen = slice((len(trace.update) - 1) % options["stride"], None, options["stride"])
-        trace = Trace(*(x if x is None or field == "tokens" else x[chosen] for field, x in trace._asdict().items()))
+        trace = Trace(
+            *(x if x is None or field in ("tokens", "sites") else x[chosen] for field, x in trace._asdict().items())
+        )
         after = jax.tree.map(lambda a: a[chosen].astype(trace.z.dtype), readout(model))
         z = by_source(trace.z, model, axis=2)  # L B H d
         gamma = after.gamma[:, None]

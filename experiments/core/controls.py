@@ -35,7 +35,7 @@ from jaxvit import Edit, Take, ViT, merge
 from jaxvit.model.edits import Edits
 
 from .experiment import About, Found, Measured, Option, Subject
-from .passes import Pass, Request, measure_all
+from .passes import Pass, Request, measure_all, sites_of
 from .trace import observe, widened
 
 KINDS = ("zero", "mean", "noise", "shuffle", "donor")
@@ -96,13 +96,13 @@ class Controls(Pass):
 
     def measure(self, request: Request, about: About) -> Callable[..., Measured]:
         reading = request.reading(self.name, about)
-        every = controls_of(about.registers)
+        every, sites = controls_of(about.registers), sites_of(reading)
         seed, last = request.options["controls"]["seed"], about.depth - 1
 
         def measure(model: ViT, edits: Edits | None, extra: Any, images: Array, position: Array) -> Measured:
             controlled = [e for e in reading if e.controlled]
             stream = model(images, edits, {"resid_pre": Take(layers=-1)}).trace["resid_pre"][-1]
-            clean = observe(model, images, edits, start=(last, stream))
+            clean = observe(model, images, edits, start=(last, stream), sites=sites)
             values = [  # with zeros for the group of patches, which no mask selects
                 jnp.pad(a.astype(stream.dtype), ((0, 0), (0, 0), (0, 1), (0, 0)))
                 for a in replacements(extra, position, seed)
@@ -114,7 +114,7 @@ class Controls(Pass):
                 edit = Edit(mask, shift=jax.lax.switch(kind, [lambda a=a: a for a in values]))
                 start = None if where == "every" else (last, stream)
                 wide = widened(model)  # here, where it is no copy that is handed to the loop
-                changed = observe(model, images, merge(edits or {}, {"resid_pre": edit}), start=start)
+                changed = observe(model, images, merge(edits or {}, {"resid_pre": edit}), start=start, sites=sites)
                 m = measure_all(controlled, changed, wide, request.options)
                 for e in reading:
                     m.update(e.compare(changed, clean, wide, request.options[e.id]).prefixed(f"{e.id}/"))

@@ -248,6 +248,7 @@ class Experiment:
       shown: what the figures show, in a sentence or two, for the report.
       passes: names of the runs over images it reads, see `experiments.core.passes`; "clean" runs are shared by all.
       wants: costly fields of `experiments.core.trace.Trace` it reads.
+      sites: names of sites it reads beside, whole, as `trace.sites[name]`, [L, B, ..]; they take memory.
       controlled: whether it is measured under replacement of registers and [CLS] too.
       alone: whether it is run only when it is asked for by name.
       options: choices the paper leaves open.
@@ -259,6 +260,7 @@ class Experiment:
     shown: ClassVar[str] = ""
     passes: ClassVar[tuple[str, ...]] = ("clean",)
     wants: ClassVar[frozenset[str]] = frozenset()
+    sites: ClassVar[tuple[str, ...]] = ()
     controlled: ClassVar[bool] = False
     alone: ClassVar[bool] = False
     options: ClassVar[tuple[Option, ...]] = ()

@@ -24,7 +24,7 @@ from jaxvit import ImageError, ViT, find_images
 from jaxvit.model.edits import Edits
 
 from .experiment import About, Measured, Option
-from .passes import Labelled, Pass, Request, measure_all
+from .passes import Labelled, Pass, Request, measure_all, sites_of
 from .trace import observe
 
 PREFIX = "datasets:"
@@ -274,6 +274,8 @@ class LabelledImages(Pass):
         wants = frozenset().union(*(e.wants for e in experiments))
 
         def measure(model: ViT, edits: Edits | None, extra: Any, images: Array, position: Array) -> Measured:
-            return measure_all(experiments, observe(model, images, edits, wants), model, request.options)
+            return measure_all(
+                experiments, observe(model, images, edits, wants, sites=sites_of(experiments)), model, request.options
+            )
 
         return measure

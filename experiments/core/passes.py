@@ -105,6 +105,11 @@ class Pass:
         raise NotImplementedError
 
 
+def sites_of(experiments: Sequence[Experiment]) -> frozenset[str]:
+    """What they ask for beside what all read."""
+    return frozenset(site for e in experiments for site in e.sites)
+
+
 def measure_all(experiments: Sequence[Experiment], trace: Trace, model: ViT, options: Options) -> Measured:
     """What all experiments measure of one run, under their ids."""
     model = widened(model)
@@ -124,7 +129,7 @@ class Clean(Pass):
         wants = frozenset().union(*(e.wants for e in experiments))
 
         def measure(model: ViT, edits: Edits | None, extra: Any, images: Array, position: Array) -> Measured:
-            trace = observe(model, images, edits, wants)
+            trace = observe(model, images, edits, wants, sites=sites_of(experiments))
             m = measure_all(experiments, trace, model, request.options)
             prefix = jnp.moveaxis(trace.prefix, 0, 1)  # B L P D: what the controls put in place of tokens
             m.keep["prefix"] = prefix

@@ -45,6 +45,7 @@ class Trace(NamedTuple):
       flow: `attention` from group to group, [L, B, G, G]; only if wanted.
       largest, median: the largest |x| and the median |x| over tokens and channels after each block, [L, B]; where the
         largest stands, [L, B], by token and by channel; only if `activations` is wanted.
+      sites: name -> [L, B, ..], whole, of the sites that experiments ask for (`Experiment.sites`).
     """
 
     row: Float[Array, "L B H T"]
@@ -65,6 +66,7 @@ class Trace(NamedTuple):
     largest_token: Array | None = None
     largest_channel: Array | None = None
     median: Float[Array, "L B"] | None = None
+    sites: Mapping[str, Array] = {}
 
 
 def observe(
@@ -73,17 +75,20 @@ def observe(
     edits: Edits | None = None,
     wants: Collection[str] = (),
     start: tuple[int, Array] | None = None,
+    sites: Collection[str] = (),
 ) -> Trace:
     """Runs the model once; a pure function, to be jitted with `wants` and the number in `start` static.
 
     Args:
       wants: of "contribution", "attention", "flow" and "activations", the fields that cost time or memory.
       start: as of `each_layer`; then L counts the layers that ran.
+      sites: names of `jaxvit.SITES` that are given whole beside the rest, for experiments that ask for them.
     """
     layout = model.config.layout(*images.shape[1:3])
     rows: Literal["all", "prefix"] = "all" if {"attention", "flow"} & set(wants) else "prefix"
     record = dict.fromkeys(("skip_attn", "attn_out", "resid_mid", "mlp_out", "resid_pre"), Take(tokens="prefix"))
     record |= {"pattern": Take(tokens=rows), "v": Take(), "resid_post": Take()}
+    record |= dict.fromkeys(sites, Take(tokens="all"))
 
     def of_layer(trace: Mapping[str, Array], block: Block, layer: Array) -> dict[str, Array]:
         trace, block = widened((trace, block))
@@ -99,7 +104,8 @@ def observe(
             "mass": attention_mass(row, layout),
             "z": jnp.concatenate([z_prefix, z_patches[:, None]], axis=1),
             "after": after[:, 0],
-            "prefix": trace["resid_pre"],
+            "prefix": trace["resid_pre"][:, :prefix],
+            "sites": {site: trace[site] for site in sites},
             "norms": jnp.linalg.norm(after, axis=-1),
         }
         if "contribution" in wants:
