@@ -189,7 +189,12 @@ def convert(
 
 
 def convert_to_folder(
-    source: Any, folder: str | os.PathLike[str], *, overwrite: bool = False, **options: Unpack[Options]
+    source: Any,
+    folder: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    random: bool = False,
+    **options: Unpack[Options],
 ) -> jaxvit.ViTConfig:
     """Writes what `jaxvit.save` would write of what `load` returns, without ever holding the model.
 
@@ -199,6 +204,7 @@ def convert_to_folder(
 
     Args:
       folder, overwrite: those of `jaxvit.save`: all is written or nothing.
+      random: whether the weights were drawn at random and not trained. No file tells; the folder then does.
       options: those of `load`.
 
     Returns:
@@ -213,7 +219,8 @@ def convert_to_folder(
     layout, tensors, config = recognise(opened)
     config = with_resampling(opened, config, resampling)
     shapes = {name: (dtype, leaf.shape) for name, leaf in to_params(abstract(config)).items()}
-    provenance = Provenance(describe(opened, layout), assumptions=assumptions(opened, config))
+    description = describe(opened, layout) | ({"weights": "random"} if random else {})
+    provenance = Provenance(description, assumptions=assumptions(opened, config))
     with (
         saving(folder, config, provenance, overwrite=overwrite) as weights,
         writing(weights, shapes) as put,

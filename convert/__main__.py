@@ -76,6 +76,11 @@ def convert_command(arguments: Sequence[str]) -> int:
         help="how positions are resampled for other image sizes (default: as in the source's own library)",
     )
     add_reading(parser)
+    parser.add_argument(
+        "--random",
+        action="store_true",
+        help="the weights were never trained: experiments do not count them as evidence",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DEST if it holds a jaxvit model")
     options = parser.parse_args(arguments)
     known = reading_of(parser, options)
@@ -87,6 +92,7 @@ def convert_command(arguments: Sequence[str]) -> int:
         dtype=options.dtype,
         resampling=options.resampling,
         overwrite=options.overwrite,
+        random=options.random,
         **known,
     )
     print(f"wrote {options.dest}")

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import shlex
-import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -29,29 +29,38 @@ import numpy as np
 import jaxvit
 from jaxvit import convert
 
-from . import embedded, labelled, presets
-from .controls import Controls
-from .dry_run import announce
-from .experiment import About, Experiment, Table
-from .passes import Request
-from .progress import Place
-from .registry import EXPERIMENTS, HELP, PASSES, SENSITIVITY
-from .session import Session
-from .subjects import Spec
+from .core import labelled
+from .core.experiment import About, Experiment, Table
+from .core.passes import Request
+from .models import embedded, presets, test_time
+from .models.subjects import Spec
+from .runner.dry_run import announce
+from .runner.folder import alone, present
+from .runner.progress import Place
+from .runner.registry import EVERY, EXPERIMENTS, PASSES, plug
+from .runner.session import Session
 
-OWN = ("results.json", "report.html", "explorer.html", "timings.json", "explorer", "figures", "per_image", "examples")
-LOCK = ".lock"
-OWN = (*OWN, "progress")
 ROWS = 12
 """Of a table that are printed where there are several tables."""
 EXPECTED = (convert.ConversionError, jaxvit.CheckpointError, jaxvit.ImageError, embedded.DataError, ValueError)
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """The process was asked to end."""
 
 
 def main(arguments: list[str] | None = None) -> int:
+    for each in (sys.stdout, sys.stderr):
+        if isinstance(each, io.TextIOWrapper):
+            each.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--plugin", nargs="+", type=Path, default=[])
+    try:
+        for path in early.parse_known_args(arguments)[0].plugin:  # whose experiments the parser is to know
+            plug(path)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     options = parser().parse_args(arguments)
     if options.command == "list":
         for e in EXPERIMENTS.values():
@@ -86,12 +95,10 @@ def parser() -> argparse.ArgumentParser:
         "--only", nargs="+", metavar="ID", choices=list(EXPERIMENTS), help="experiments to run (default: all)"
     )
     of_experiments(command, list(EXPERIMENTS.values()))
-    for e in EXPERIMENTS.values():
-        command = add(e.id, e.title, HELP[e.id])
+    for e in EVERY.values():
+        command = add(e.id, e.title, e.help)
         common(command)
         of_experiments(command, [e])
-    command = add("sensitivity", "A3, A5 and A9 under every reading of the paper", SENSITIVITY.__doc__)
-    common(command)
     add("list", "all experiments", "All experiments.")
     return whole
 
@@ -130,6 +137,7 @@ def common(command: argparse.ArgumentParser) -> None:
         help="run each model without registers a second time, with N test-time registers",
     )
     how = command.add_argument_group("running")
+    how.add_argument("--plugin", nargs="+", metavar="FILE", help="experiments of your own: see docs/experiments.md")
     how.add_argument("--out", type=user_path, help="folder for the results (default: out/ and the preset's name)")
     how.add_argument("--resume", action="store_true", help="continue the run in --out; only what is new is measured")
     how.add_argument("--overwrite", action="store_true", help="replace what is in --out")
@@ -167,9 +175,10 @@ def of_experiments(command: argparse.ArgumentParser, experiments: Sequence[Exper
     for e in experiments:
         for option in e.options:
             option.add_to(group, e.id)
-    if any(e.controlled or "controls" in e.passes for e in experiments):
-        for option in Controls.options:
-            option.add_to(group, Controls.name)
+    read = {name for e in experiments for name in e.passes} | {test_time.NAME}  # of which models are made, too
+    for each in PASSES:
+        for option in each.options if each.name in read else ():
+            option.add_to(group, each.name)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -182,7 +191,7 @@ def run(options: argparse.Namespace) -> int:
     experiments = (
         [EXPERIMENTS[name] for name in EXPERIMENTS if name in (options.only or EXPERIMENTS)]
         if (options.command == "run")
-        else [SENSITIVITY if options.command == "sensitivity" else EXPERIMENTS[options.command]]
+        else [EVERY[options.command]]
     )
     request = Request(
         images=images,
@@ -197,7 +206,6 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         announce(specs, request, options.preset, root)
         return 0
-    check_place(options)
     if options.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     if options.precision == "highest":
@@ -205,24 +213,13 @@ def run(options: argparse.Namespace) -> int:
     devices = jax.local_devices()[: options.devices]
     place = Place(options.out, root, shown(images, root, options), options.dtype, devices)
     with alone(options.out):
+        if present(options.out) and not (options.resume or options.overwrite):
+            raise ValueError(f"{options.out} holds results: --resume goes on with them, --overwrite replaces them")
         session = Session(place, specs, request, command_line())
+        if present(options.out) and options.overwrite:
+            session.overwrite()
         tell(session.run(), session, experiments)
-    return 1 if session.failed else 0
-
-
-@contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Raises a ValueError if another process writes to the same folder."""
-    with open(out / LOCK, "w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing to {out}: wait for it, or choose another --out") from None
-        except (ImportError, OSError):  # no locks, on this system or file system
-            pass
-        yield
+    return 0 if session.complete else 1
 
 
 def models_and_images(options: argparse.Namespace) -> tuple[list[Spec], list[Path], Path]:
@@ -232,11 +229,11 @@ def models_and_images(options: argparse.Namespace) -> tuple[list[Spec], list[Pat
     if not specs:
         raise ValueError("no models: give --models MODEL .., or --preset embedded, which needs none")
     if options.test_time_registers:  # each behind the model it is made of; of those with registers none is made
-        more = [replace(spec, test_time_registers=options.test_time_registers) for spec in specs]
-        pairs = [
-            (spec, other) for spec, other in zip(specs, more, strict=True) if not spec.random and other not in specs
-        ]
-        specs = [each for spec in specs for each in (spec, *(other for base, other in pairs if base is spec))]
+        given, specs = specs, []
+        for spec in given:
+            more = replace(spec, test_time_registers=options.test_time_registers)
+            bare = not spec.random and not spec.test_time_registers
+            specs += [spec, more] if bare and more not in given else [spec]
     if options.preset == "paper" and options.images is None:
         if options.dry_run:
             return specs, [], Path()
@@ -287,22 +284,6 @@ def shown(images: Sequence[Path], root: Path, options: argparse.Namespace) -> li
     return [matching[i] for i in every]
 
 
-def check_place(options: argparse.Namespace) -> None:
-    """Raises a ValueError if --out holds what must not be touched; empties it where that was asked for."""
-    out: Path = options.out
-    present = sorted(path.name for path in out.iterdir() if path.name[0] != ".") if out.is_dir() else []
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: choose another --out")
-    if foreign := [name for name in present if name not in OWN]:
-        raise ValueError(f"{out} holds files of another origin, such as {foreign[0]}: choose another --out")
-    if present and options.overwrite:
-        for name in present:
-            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
-    elif present and not options.resume:
-        raise ValueError(f"{out} holds results: --resume goes on with them, --overwrite replaces them")
-    out.mkdir(parents=True, exist_ok=True)
-
-
 def command_line() -> str:
     """As it was typed, without what only says how to start."""
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
@@ -333,7 +314,7 @@ def tell(results: dict[str, Any], session: Session, experiments: Sequence[Experi
     models = {key: About(**{n: d[n] for n in names}) for key, d in results["models"].items()}
     for e in experiments:
         numbers = results["experiments"][e.id]["results"]
-        table = e.table(numbers, models) if numbers else None
+        table = e.table(numbers, models) if numbers and e.id not in session.broken else None
         print(f"\n{e.id}  {e.title}{f' ({e.figure})' if e.figure else ''}")
         if table is not None:
             print_table(table, ROWS if len(experiments) > 1 else len(table.rows))
@@ -343,6 +324,8 @@ def tell(results: dict[str, Any], session: Session, experiments: Sequence[Experi
                 reasons.setdefault(reason, []).append(about.name)
         for reason, those in reasons.items():
             print(f"    not run: {', '.join(those)}: {reason}")
+        for who, reason in failures(results, e.id):
+            print(f"    failed: {who}: {reason}")
     if results["claims"]:
         print("\nThe paper's statements")
         verdicts = {True: "holds", False: "does not hold", None: "not tested"}
@@ -362,6 +345,12 @@ def tell(results: dict[str, Any], session: Session, experiments: Sequence[Experi
     for failed in results["failed"].values():
         print(f"\n{failed['name']} could not be run: {failed['reason']}")
     print(f"\nwrote {session.out}: report.html, explorer.html, results.json, figures, per_image")
+
+
+def failures(results: Mapping[str, Any], id: str) -> list[tuple[str, str]]:
+    """Of an experiment: what could not be made, or for which model, and why."""
+    found = [("all models", reason) for reason in results["experiments"][id]["failed"]]
+    return found + [(m["name"], m["failed"][id]) for m in results["models"].values() if id in m["failed"]]
 
 
 def print_table(table: Table, most: int) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
-from experiments.experiment import About, Experiment, Found, Measured
-from experiments.trace import observe
+from experiments.core.experiment import About, Experiment, Found, Measured
+from experiments.core.passes import Pass
+from experiments.core.trace import observe
 from jaxvit import Take, ViT
 from jaxvit.analysis.similarity import StreamingCKA
 from jaxvit.model.edits import Edits
@@ -40,8 +41,8 @@ def about_of(model: ViT, key: str = "model", **changes: Any) -> About:
     return About(**(known | changes))
 
 
-def defaults(experiment: Experiment, **chosen: Any) -> dict[str, Any]:
-    """The options of an experiment, at their defaults unless chosen."""
+def defaults(experiment: Experiment | Pass, **chosen: Any) -> dict[str, Any]:
+    """The options of an experiment, or of a pass, at their defaults unless chosen."""
     return {option.name: option.default for option in experiment.options} | chosen
 
 

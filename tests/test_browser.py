@@ -13,8 +13,8 @@ import pytest
 from conftest import FAMILIES
 from test_paper_report import EXPERIMENTS, MODELS, REGISTERS, example, made
 
-from experiments.explorer import ATTENTION, CONTRIBUTION, write_explorer
-from experiments.report import write_report
+from experiments.report.explorer import ATTENTION, CONTRIBUTION, write_explorer
+from experiments.report.report import write_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 

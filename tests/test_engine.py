@@ -14,8 +14,8 @@ from conftest import TINY
 from PIL import Image
 
 import jaxvit
-from experiments.engine import KEPT, Store, run_pass
-from experiments.experiment import Measured, Pairs
+from experiments.core.experiment import Measured, Pairs
+from experiments.runner.store import KEPT, Store, run_pass
 from jaxvit import ImageError, ViTConfig
 from jaxvit.analysis.similarity import StreamingCKA
 from jaxvit.model.config import Preprocess

@@ -33,6 +33,7 @@ import convert
 import jaxvit
 from convert import ConversionError
 from convert.sources import BIN_INDEX, INDEX
+from jaxvit.experiments.models.subjects import Spec, load
 from jaxvit.model.params import to_params
 
 ROOT = Path(__file__).parents[1]
@@ -396,8 +397,12 @@ def test_revisions(hub, files, made):
     description = assert_loads(revision=FIRST)
     assert description["revision"] == FIRST and "revision given" not in description
     # A branch moves on.
+    assert Spec(REPO).identity["revision"] == SECOND
     refs["main"] = FIRST
     assert assert_loads()["revision"] == FIRST
+    assert Spec(REPO).identity["revision"] == FIRST
+    pinned = load(Spec(REPO), "model", revision=SECOND)
+    assert pinned.about.source["revision"] == SECOND
 
 
 def test_command_line(hub, files, tmp_path):

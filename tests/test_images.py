@@ -579,8 +579,8 @@ def test_a_batch_is_a_pytree_of_its_arrays():
 
 
 def test_other_channels_than_those_of_the_preparation_are_refused():
-    gray = replace(SMALL, channels=1)
+    gray = ViTConfig(depth=1, width=8, heads=1, hidden=8, patch=7, channels=1, preprocess=SMALL)
     with pytest.raises(ValueError, match=r"reads 1 channels, and its Preprocess has the mean and std of 3: give"):
         prepare(SOURCES[0], gray)
-    preprocess = Preprocess(14, 14, mean=(0.5,), std=(0.5,))
-    assert prepare(SOURCES[0], replace(gray, preprocess=preprocess)).shape == (1, 14, 14, 1)
+    preprocess = replace(SMALL, mean=(0.5,), std=(0.5,))
+    assert prepare(SOURCES[0][:, :, 0], replace(gray, preprocess=preprocess)).shape == (1, 14, 14, 1)

@@ -21,17 +21,18 @@ from conftest import FAMILIES, TINY, random_images, random_model
 from PIL import Image
 
 import jaxvit
-from experiments import labelled
-from experiments.a4_one_shot import EXPERIMENT, PASS, READINGS, draw_pairs, outputs, sample
-from experiments.classify import accuracy, logistic_regression, nearest_mean, t_interval, unit
-from experiments.engine import Store, run_pass
-from experiments.experiment import About, Found, View
-from experiments.passes import Labelled, Request
-from experiments.trace import observe
+from experiments.core import labelled
+from experiments.core.classify import accuracy, logistic_regression, nearest_mean, t_interval, unit
+from experiments.core.experiment import About, Found, View
+from experiments.core.passes import Labelled, Request
+from experiments.core.trace import observe
+from experiments.paper.a4_one_shot import EXPERIMENT, READINGS, draw_pairs, outputs, sample
+from experiments.runner.store import Store, run_pass
 from jaxvit import Edit, ImageError, ViT, ViTConfig
 from jaxvit.model.config import Preprocess
 from jaxvit.model.params import from_params, to_params
 
+PASS = labelled.LabelledImages()
 OPTIONS = {option.name: option.default for option in EXPERIMENT.options}
 COLOURS = np.array([[r, g, b] for r in (40, 210) for g in (40, 210) for b in (40, 210)], np.uint8)
 CONFIG = ViTConfig(**TINY, registers=3, preprocess=Preprocess(resize=20, crop=20))
@@ -236,7 +237,7 @@ def test_intervals_are_over_draws_that_share_no_image():
     one = numbers_of(found)
     assert (one["draws"], one["draws that share no image"]) == (10, 1)
     assert "10 draws of which 1 share no image: intervals are too short" in sample(one)
-    results, models = results_of({"S": 0.6, "g": 0.1})
+    results, models = results_of({"S": 0.6, "L": 0.1, "g": 0.1})
     for each in results.values():
         each |= {"draws": 10, "draws that share no image": 1}
     (claim,) = EXPERIMENT.claims(results, models)
@@ -244,9 +245,9 @@ def test_intervals_are_over_draws_that_share_no_image():
 
 
 def test_the_default_draws_share_no_image():
-    assert OPTIONS["per_class"] >= 2 * OPTIONS["draws"]
+    assert {option.name: option.default for option in PASS.options}["per_class"] >= 2 * OPTIONS["draws"]
     late = {option.name for option in EXPERIMENT.options if option.late}
-    assert late == {"draws", "top", "l2", "iterations", "tolerance"}  # what `measure` and the pass do not read
+    assert late == {"draws", "seed", "top", "l2", "iterations", "tolerance"}  # what `measure` and the pass do not read
     assert all(
         option.least is not None and option.default >= option.least for option in EXPERIMENT.options if option.late
     )
@@ -366,7 +367,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def request(images: Labelled | None, **options) -> Request:
-    return Request((), [EXPERIMENT], {"A4": OPTIONS | options}, images, batch_size=3, progress=False)
+    of_pass = {option.name: options.pop(option.name, option.default) for option in PASS.options}
+    given = {"A4": OPTIONS | options, "labelled": of_pass}
+    return Request((), [EXPERIMENT], given, images, batch_size=3, progress=False)
 
 
 def run(model: ViT, asked: Request, place: Path, **more) -> Store:
@@ -410,6 +413,15 @@ def test_a_model_whose_patches_alone_carry_the_class(folder, tmp_path):
         assert set(final) == set(READINGS)
         assert final["full"]["top1"]["mean"] > 0.9 and final["patches"]["top1"]["mean"] > 0.9
         assert final["registers"]["top1"]["mean"] == pytest.approx(1 / 8) == final["skip"]["top1"]["mean"]
+
+
+def test_the_accuracy_of_every_draw_is_kept(folder, tmp_path):
+    asked = request(labelled.parse(str(folder)), draws=2, stage="layerscale")
+    numbers = told(run(patches_alone_tell(), asked, tmp_path), asked)
+    for classifier in ("logistic", "nearest mean"):
+        for reading, each in numbers["layerscale"][classifier].items():
+            draws = numbers["layerscale"]["draws"][classifier][reading]["top1"]
+            assert len(draws) == numbers["draws"] == 2 and each["top1"]["mean"] == pytest.approx(np.mean(draws))
 
 
 def test_a_stopped_pass_keeps_its_labels(folder, tmp_path, monkeypatch):
@@ -459,7 +471,6 @@ def test_a_model_without_registers_or_of_few_bits(folder, tmp_path):
 def test_the_pass_says_what_it_lacks_and_what_it_depends_on(folder):
     assert "--labelled" in PASS.refuses(request(None), about())
     images = labelled.parse(str(folder))
-    assert "2 or more" in PASS.refuses(request(images, per_class=1), about())
     assert PASS.refuses(request(images), about()) is None
     same, other = PASS.settings(request(images)), PASS.settings(request(images, per_class=2))
     assert same == PASS.settings(request(labelled.parse(str(folder)))) != other
@@ -662,7 +673,7 @@ def test_the_claim_is_of_the_patches_in_large_and_small_models():
     assert claim.holds is False  # far less, but within the intervals
     (claim,) = EXPERIMENT.claims(*results_of({"S": 0.6}))
     assert claim.holds is None
-    results, models = results_of({"S": 0.6, "g": 0.1})
+    results, models = results_of({"S": 0.6, "L": 0.1, "g": 0.1})
     for each in results.values():
         each["reading"] |= {"keep_cls": True, "l2": 0.1}
     assert EXPERIMENT.claims(results, models)[0].text.endswith("(read: keep cls, l2 0.1).")

@@ -10,8 +10,10 @@ import venv
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from layouts import expected, hub_state, numbers, tiny, write_safetensors
+from PIL import Image
 
 import jaxvit
 from jaxvit import cli
@@ -54,7 +56,7 @@ def test_the_wheel(tmp_path):
     assert {name for name in held if name.startswith("jaxvit/")} == {
         re.sub("^(convert|experiments)/", r"jaxvit/\1/", name) for name in files
     }
-    assert {"jaxvit/py.typed", "jaxvit/convert/architectures.json", "jaxvit/experiments/report.html"} <= held
+    assert {"jaxvit/py.typed", "jaxvit/convert/architectures.json", "jaxvit/experiments/report/report.html"} <= held
 
     # An environment with all packages of this one but an editable jaxvit.
     venv.create(tmp_path / "venv", symlinks=True)
@@ -85,10 +87,18 @@ def test_the_wheel(tmp_path):
     assert run(command, "convert", "gone.pth", "other", cwd=work, fails=True).count("\n") == 1
     assert "facebook/dinov2-small" in run(command, "list", cwd=work)
     assert "--only" in run(command, "run", "--help", cwd=work)
+    (work / "images").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((56, 56, 3), 60 * i, np.uint8)).save(work / "images" / f"{i}.png")
+    own_experiment = re.findall(r"```python\n(.*?)```", (ROOT / "docs/experiments.md").read_text(), flags=re.DOTALL)[0]
+    (work / "my_experiments.py").write_text(own_experiment)
+    words = ["run", "--plugin", "my_experiments.py", "--only", "Z1", "--models", "model", "--images", "images"]
+    assert "Z1  Lengths" in run(command, *words, "--size", "56", "--examples", "1", "--out", "out", cwd=work)
+    assert "Lengths of the patches" in (work / "out" / "report.html").read_text()
     code = """
         import sys
         import jaxvit.convert
-        import jaxvit.experiments.registry
+        import jaxvit.experiments.runner.registry
         import convert, experiments
         assert convert.MINE and experiments.MINE and "convert.engine" not in sys.modules
         assert "torch" not in sys.modules
@@ -100,8 +110,8 @@ def test_the_wheel(tmp_path):
 # In a checkout --------------------------------------------------------------------------------------------------------
 
 ORDERS = {
-    "the short name first": "from convert.engine import ConversionError; from experiments import trace",
-    "the long name first": "import jaxvit.convert.engine; import jaxvit.experiments.trace; import convert.engine",
+    "the short name first": "from convert.engine import ConversionError; from experiments.core import trace",
+    "the long name first": "import jaxvit.convert.engine; import jaxvit.experiments.core.trace; import convert.engine",
 }
 
 
@@ -111,14 +121,14 @@ def test_both_names_are_one_module(order):
         f"""
         {ORDERS[order]}
         import pickle, sys
-        import convert, convert.__main__, convert.timm, experiments, experiments.trace
-        import jaxvit.convert.meta, jaxvit.experiments.claims
+        import convert, convert.__main__, convert.timm, experiments, experiments.core.trace
+        import jaxvit.convert.meta, jaxvit.experiments.core.claims
         for name, module in list(sys.modules.items()):
             if name.partition(".")[0] in ("convert", "experiments"):
                 assert module is sys.modules[f"jaxvit.{{name}}"], name
                 assert module.__name__ == module.__spec__.name == f"jaxvit.{{name}}"
-        import convert.meta, experiments.claims  # after the long names
-        assert convert.meta is jaxvit.convert.meta and experiments.claims is jaxvit.experiments.claims
+        import convert.meta, experiments.core.claims  # after the long names
+        assert convert.meta is jaxvit.convert.meta and experiments.core.claims is jaxvit.experiments.core.claims
         assert convert.ConversionError is jaxvit.convert.engine.ConversionError
         assert type(pickle.loads(pickle.dumps(convert.ConversionError("so")))) is convert.ConversionError
         try:
@@ -138,7 +148,7 @@ def test_a_users_own_convert_is_left_alone(tmp_path):
         """
         import sys
         sys.path.insert(0, sys.argv[1])
-        import jaxvit.convert, jaxvit.experiments.trace
+        import jaxvit.convert, jaxvit.experiments.core.trace
         import convert
         assert convert.MINE and jaxvit.convert.load and "convert.engine" not in sys.modules
         """,
@@ -157,7 +167,7 @@ def test_imports_are_light():
         import jaxvit
         assert set(jaxvit.__all__) <= set(dir(jaxvit)) and jaxvit.ViT
         from jaxvit import *
-        import jaxvit.convert, jaxvit.experiments.trace
+        import jaxvit.convert, jaxvit.experiments.core.trace
         assert load is jaxvit.load and "torch" not in sys.modules
         from jax._src import xla_bridge
         assert not xla_bridge._backends

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from functools import partial
@@ -15,22 +16,24 @@ from matplotlib.figure import Figure
 from paper import about_of, defaults, drawn_numbers, found_of, numbers_of
 
 import jaxvit
-from experiments import (
-    a5_patch_cosine,
+from experiments.beyond import (
     b1_token_flow,
     b2_replacement,
     b4_outliers,
     b5_test_time_registers,
     b6_rollout,
     b7_open_questions,
-    controls,
-    examples,
 )
-from experiments.draw import styled, write_figure
-from experiments.engine import Store, run_pass
-from experiments.experiment import Experiment, Measured, Subject, View
-from experiments.passes import Clean, Request
-from experiments.trace import cls_reading, median, observe, parts, widened
+from experiments.core import controls, examples
+from experiments.core.charts import styled, write_figure
+from experiments.core.claims import FEWEST
+from experiments.core.experiment import Experiment, Measured, Subject, View
+from experiments.core.passes import Clean, Request
+from experiments.core.trace import cls_reading, median, observe, parts, widened
+from experiments.models import test_time
+from experiments.paper import a5_patch_cosine
+from experiments.runner import registry
+from experiments.runner.store import Store, run_pass
 from jaxvit import ActivationStats, Take, ViT, ViTConfig
 from jaxvit.analysis.decompose import attention_parts, contributions, rollout
 from jaxvit.analysis.similarity import cosine
@@ -74,7 +77,8 @@ def prepared(sources: list[np.ndarray], model: ViT) -> jax.Array:
 
 def request_of(sources, experiments, **more) -> Request:
     chosen = more.pop("options", {})
-    options = {e.id: defaults(e, **chosen.get(e.id, {})) for e in experiments} | {"controls": {"seed": 0}}
+    options = {e.id: defaults(e, **chosen.get(e.id, {})) for e in experiments}
+    options |= {p.name: defaults(p, **chosen.get(p.name, {})) for p in registry.PASSES}
     return Request(sources, experiments, options, progress=False, **more)
 
 
@@ -298,11 +302,11 @@ def test_cka_under_controls_is_of_clean_and_changed_cls(tmp_path):
     assert cka["biased"] == pytest.approx(expected, rel=1e-3)
 
 
-def b2_planted(zero: float, others: float):
+def b2_planted(zero: float, others: float, n: int = FEWEST):
     return {
         c.name: {
             **{
-                of: {"mean": zero if c.kind == "zero" else others, "sem": 0.0}
+                of: {"n": n, "mean": zero if c.kind == "zero" else others, "sem": 0.0}
                 for of in ("cosine cls", "cosine patches")
             },
             "norm patches": {"mean": 0.1},
@@ -321,6 +325,10 @@ def test_the_claim_of_zeros_is_tested():
         (claim,) = e.claims({"with": b2_planted(zero, others), "without": {}}, models)
         assert (claim.holds, claim.on, claim.ordering) == (holds, "F", 0)
         assert f"{zero:.3f}" in claim.by and f"{others:.3f}" in claim.by
+    (claim,) = e.claims({"with": b2_planted(0.3, 0.9, n=3)}, models)
+    assert claim.holds is None and claim.by.startswith("needs at least 30 images") and claim.by.endswith("n = 3")
+    (claim,) = e.claims({"with": b2_planted(0.3, float("nan"))}, models)
+    assert claim.holds is None and claim.by.startswith("undefined")
     assert e.claims({}, models) == [] and e.claims({"without": {}}, models) == []
     assert e.refuses(about) is None
     one = request_of(pictures(1), [e])
@@ -342,6 +350,19 @@ def test_the_median_by_counting_is_the_median(n):
     x[4] *= 1e30
     np.testing.assert_allclose(jax.jit(median)(x), np.median(x, axis=1), rtol=1e-6)
     assert float(median(x[2:3])[0]) == 0
+
+
+def test_norms_of_outliers_are_drawn_from_the_results_alone():
+    model, e = model_of("dinov2 with registers"), b4_outliers.EXPERIMENT
+    found = found_of(e, model, random_images(0, 6, SIDE))
+    numbers = json.loads(json.dumps(e.numbers({"clean": found}, about_of(model), defaults(e))))
+    shares, edges = (numbers["distribution"][name] for name in ("shares", "edges"))
+    assert set(shares) == {"cls", "registers", "patches"}
+    for each in shares.values():
+        assert sum(each) == pytest.approx(1) and len(each) == len(edges) - 1
+    expected = np.histogram(found.keep["norms"][:, model.prefix :], edges)[0] / (6 * 25)
+    np.testing.assert_allclose(shares["patches"], expected)
+    assert set(drawn(e, {"model": numbers}, {"model": about_of(model)}, {})) == {"b4-norms", "b4-massive"}
 
 
 @pytest.mark.parametrize("family", ["dinov2", "dinov2 with registers"])
@@ -436,7 +457,7 @@ def planted(mlp: str = "gelu", seed: int = 1) -> tuple[ViT, list[np.ndarray]]:
 
 def b5_found(tmp_path, model, sources, batch_size=3, **options):
     e = b5_test_time_registers.EXPERIMENT
-    request = request_of(sources, [e], batch_size=batch_size, options={"B5": options})
+    request = request_of(sources, [e], batch_size=batch_size, options={"test-time registers": options})
     subject = Subject(about_of(model), model)
     found = run_passes(tmp_path, request, subject, b5_test_time_registers.PASS)["test-time registers"]
     return found, e.numbers({"test-time registers": found.of("B5/")}, subject.about, request.options["B5"])
@@ -458,6 +479,10 @@ def test_test_time_registers_take_a_planted_outlier(mlp, tmp_path):
     assert numbers["plain"]["above the plain limit"] == numbers["plain"]["outliers"]
     assert numbers["plain"]["outliers"]["min"] == 1 and moved["above the plain limit"]["max"] == 0
     assert numbers["plain"]["cosine cls"]["min"] > 1 - 1e-5 and "register norm" not in numbers["plain"]
+    (claim,) = b5_test_time_registers.EXPERIMENT.claims({"model": numbers}, {"model": about_of(model)})
+    assert claim.holds is None and claim.by.startswith("needs at least 30 images")
+    for run in b5_test_time_registers.RUNS:
+        numbers[run]["largest norm"]["n"] = FEWEST
     (claim,) = b5_test_time_registers.EXPERIMENT.claims({"model": numbers}, {"model": about_of(model)})
     assert claim.holds is True
     swapped = numbers | {"register neurons": numbers["random neurons"], "random neurons": moved}
@@ -506,14 +531,14 @@ def test_without_outliers_the_highest_norms_stand_for_them():
     assert (norms <= (norms.mean(1) + 3 * norms.std(1))[:, None]).all()
     with pytest.raises(ValueError, match="none of 4 images has a patch"):
         jaxvit.find_register_neurons(model, [images], 3, progress=False)
-    wider, edits, chosen = b5_test_time_registers.with_test_time_registers(model, [images], 2, 3, quantile=0.95)
+    wider, edits, chosen = test_time.with_test_time_registers(model, [images], 2, 3, quantile=0.95)
     assert chosen.no_outliers and chosen.threshold == pytest.approx(np.quantile(norms, 0.95), rel=1e-5)
     expected = jaxvit.find_register_neurons(model, [images], 3, threshold=chosen.threshold, progress=False)
     np.testing.assert_array_equal(chosen.neurons.channel, expected.channel)
     assert wider.config.registers == 2 and list(edits) == ["mlp_post"]
-    top = b5_test_time_registers.find(model, [images], 3, quantile=1.0)  # still the highest one
+    top = test_time.find(model, [images], 3, quantile=1.0)  # still the highest one
     assert top.threshold < norms.max() + 1e-4 and len(top.neurons.layer) == 3
-    early = b5_test_time_registers.find(model, [images], 3, top_layer=0)
+    early = test_time.find(model, [images], 3, top_layer=0)
     assert early.neurons.layer.tolist() == [0, 0, 0]
 
 
@@ -530,7 +555,7 @@ def test_a_model_with_test_time_registers_is_a_subject_of_its_own(tmp_path):
     model, sources = planted()
     e = b5_test_time_registers
     request = request_of(sources, [b4_outliers.EXPERIMENT])
-    subject = e.appended(Subject(about_of(model), model), request, 2)
+    subject = test_time.appended(Subject(about_of(model), model), request, 2)
     assert (subject.about.registers, subject.about.registers_are) == (2, "test-time")
     assert ViTConfig.from_dict(subject.about.config) == subject.model.config
     told = subject.about.source["test-time registers"]
@@ -542,7 +567,7 @@ def test_a_model_with_test_time_registers_is_a_subject_of_its_own(tmp_path):
     moved = np.linalg.norm(run(subject.model, images, subject.edits).tokens[:4, 3:], axis=-1).max(1)
     assert (moved < 0.5 * plain).all()
     with pytest.raises(ValueError, match="model has registers"):
-        e.appended(subject, request)
+        test_time.appended(subject, request)
 
 
 # --- B6
@@ -789,8 +814,8 @@ def test_a_trace_of_half_precision_is_in_float32(family):
     images = random_images(0, 3, SIDE)
     wants = {"attention", "flow", "contribution", "activations"}
     trace = jax.jit(partial(observe, wants=wants))(model, images)
-    for name, value in trace._asdict().items():
-        assert not jnp.issubdtype(value.dtype, jnp.floating) or value.dtype == jnp.float32, name
+    for value in jax.tree.leaves(trace):
+        assert not jnp.issubdtype(value.dtype, jnp.floating) or value.dtype == jnp.float32
     for value in (trace.norms, trace.z, trace.contribution):
         assert (value != value.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9
     full = run(model, images, record=takes(resid_post=Take(), pattern=Take(tokens="all"), v=Take())).trace

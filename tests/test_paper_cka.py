@@ -15,20 +15,13 @@ from paper import about_of, defaults
 from test_similarity import direct_biased, direct_unbiased
 
 import jaxvit
-from experiments import (
-    a3_update_cka,
-    a5_patch_cosine,
-    a6_gram_split,
-    a9_skip_cka,
-    b3_layers_heads,
-    b7_open_questions,
-    draw,
-    progress,
-    sensitivity,
-)
-from experiments.claims import FEWEST
-from experiments.experiment import View
-from experiments.trace import READINGS
+from experiments.beyond import b3_layers_heads, b7_open_questions, sensitivity
+from experiments.core import charts as draw
+from experiments.core.claims import FEWEST
+from experiments.core.experiment import View
+from experiments.core.trace import READINGS
+from experiments.paper import a3_update_cka, a5_patch_cosine, a6_gram_split, a9_skip_cka
+from experiments.runner import progress
 from jaxvit import Take, knockout, patch, zero_attention
 
 A3, A5, A6 = a3_update_cka.EXPERIMENT, a5_patch_cosine.EXPERIMENT, a6_gram_split.EXPERIMENT
@@ -665,7 +658,8 @@ def test_a9_claims_a_fall_in_each_family_without_registers(registers):
 
     found = claims()
     holds = {name: (claim.ordering, claim.holds) for name, claim in found.items()}
-    assert holds == {"DINOv2": (5, True), "CLIP": (5, False), "DeiT III": (0, True), "iBOT": (5, None)}
+    assert holds == {"DINOv2": (5, True), "CLIP": (5, False), "DeiT III": (0, None), "iBOT": (5, None)}
+    assert found["DeiT III"].by == "needs DeiT III L"
     assert "S 0.900" in found["DINOv2"].by and found["DINOv2"].by.endswith("; n = 30")
     assert found["DINOv2"].on == "DINOv2: S, B, L, g" and "0.02" in found["DINOv2"].text
     # It falls from each size to the next, and not only from small to large.

@@ -15,12 +15,12 @@ from conftest import FAMILIES, TINY, random_images, random_model
 from paper import about_of, defaults, drawn_numbers, found_of, numbers_of
 from PIL import Image
 
-from experiments import a1_attention_mass, a2_top_register, a5_patch_cosine, a7_norms, a8_depth_cosine
-from experiments.claims import FAR, FEWEST, falls
-from experiments.draw import styled
-from experiments.examples import explain
-from experiments.experiment import About, Subject, View
-from experiments.trace import observe
+from experiments.core.charts import styled
+from experiments.core.claims import FAR, FEWEST, falls
+from experiments.core.examples import explain
+from experiments.core.experiment import About, Subject, View
+from experiments.core.trace import observe
+from experiments.paper import a1_attention_mass, a2_top_register, a5_patch_cosine, a7_norms, a8_depth_cosine
 from jaxvit import Preprocess, Take, ViTConfig, cast
 from jaxvit.interventions.constructors import knockout
 from jaxvit.model.params import from_params, to_params
@@ -472,6 +472,11 @@ def test_a1_claims():
     assert verdicts(A1, some, models) == [None, True]  # large ones alone: their spread can be compared
     undefined = of((0.1, math.nan, 0.4, 0.3), (1, math.nan, 1, 2))
     assert verdicts(A1, undefined, models) == [None, None]
+    assert all(claim.by.startswith("undefined") for claim in told(A1, undefined, models))
+    whole = of((0.1, 0.2, 0.4, 0.3), (1, 1, 1, 2))
+    pair = {key: whole[key] for key in ("DINOv2-S", "DINOv2-L")}  # S and L say nothing of g, which is large too
+    assert [claim.by for claim in told(A1, pair, models)] == ["needs DINOv2 g"] * 2
+    assert {claim.by for claim in told(A1, {}, models)} == {"no numbers of DINOv2-S, DINOv2-B, DINOv2-L and DINOv2-g"}
 
 
 def test_the_largest_model_is_the_papers():
@@ -519,7 +524,7 @@ def test_models_of_the_largest_size_are_not_compared_with_each_other():
 
 
 def test_a1_of_the_mass_says_so():
-    models = family("Sg", registers=True)
+    models = family("SLg", registers=True)
     ratio, mass = "registers of both", "registers"
     for figure, expected in (("ratio", True), ("mass", False)):
         results = {
@@ -528,7 +533,7 @@ def test_a1_of_the_mass_says_so():
                 mass: {"n": 40, "mean": -m, "std": -m},
                 "reading": {"figure": figure},
             }
-            for s, m in (("S", 0.1), ("g", 0.4))
+            for s, m in (("S", 0.1), ("L", 0.3), ("g", 0.4))
         }
         claims = told(A1, results, models)
         assert [c.holds for c in claims] == [expected] * 2
@@ -612,8 +617,10 @@ def test_a8_claims():
     assert verdicts(A8, of(dino, n=FEWEST - 1), models) == [None]
     deit = {"DeiT III-S": 0.5, "DeiT III-B": 0.4}
     for large, holds in ((0.38, True), (0.54, True), (0.56, False), (0.36, True), (0.34, False)):
-        assert verdicts(A8, of(deit | {"DeiT III-H": large}), models, "DeiT III") == [holds], large
-    (claim,) = (c for c in told(A8, of(deit | {"DeiT III-H": 0.34}), models) if c.on.startswith("DeiT III:"))
+        assert verdicts(A8, of(deit | {"DeiT III-L": large, "DeiT III-H": large}), models, "DeiT III") == [holds], large
+    (claim,) = (
+        c for c in told(A8, of(deit | {"DeiT III-L": 0.34, "DeiT III-H": 0.34}), models) if c.on.startswith("DeiT III:")
+    )
     assert claim.ordering == 5 and claim.by.endswith("above by -0.160, below by 0.060; n = 30")
     assert verdicts(A8, of({"DeiT III-L": 0.5}), models, "DeiT III") == [None]
     one_block = {key: {"reading": "raw", "raw": [{"n": 40, "mean": 1.0}]} for key in ("DINOv2-S", "DINOv2-g")}

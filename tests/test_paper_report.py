@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from conftest import FAMILIES
 
-from experiments import draw
-from experiments.examples import SUMMANDS, Example
-from experiments.experiment import About, Claim, Experiment, Option, Table, View, summary
-from experiments.explorer import ATTENTION, CONTRIBUTION, write_explorer
-from experiments.report import control_in_words, minus, numeric_columns, write_report
+from experiments.core import charts as draw
+from experiments.core.examples import SUMMANDS, Example
+from experiments.core.experiment import About, Claim, Experiment, Option, Table, View, summary
+from experiments.report.explorer import ATTENTION, CONTRIBUTION, write_explorer
+from experiments.report.report import control_in_words, minus, numeric_columns, write_report
 from jaxvit import ViTConfig
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}

@@ -18,11 +18,11 @@ from paper import about_of, defaults
 from paper_torch import Paper, random_timm
 
 import convert
-from experiments import registry
-from experiments.controls import Controls, controls_of
-from experiments.engine import Store, run_pass
-from experiments.experiment import Subject
-from experiments.passes import Clean, Request
+from experiments.core.controls import Controls, controls_of
+from experiments.core.experiment import Subject
+from experiments.core.passes import Clean, Request
+from experiments.runner import registry
+from experiments.runner.store import Store, run_pass
 from jaxvit import prepare
 
 SIZES = dict(img_size=42, depth=3, embed_dim=32, num_heads=4)

@@ -19,9 +19,10 @@ from conftest import TINY, random_model
 from PIL import Image
 
 import jaxvit
-from experiments import dry_run
-from experiments.__main__ import alone, main
-from experiments.registry import EXPERIMENTS
+from experiments.__main__ import main
+from experiments.runner import dry_run
+from experiments.runner.folder import alone
+from experiments.runner.registry import EXPERIMENTS
 from jaxvit import Preprocess, ViTConfig
 
 ROOT = Path(__file__).parents[1]
@@ -61,14 +62,14 @@ def arguments(toys) -> list[str]:
     return ["--models", *models, "--images", str(toys / "images"), "--batch-size", "4", "--size", "native"]
 
 
-def start(environment, *words, before: Sequence[str] = ()) -> subprocess.Popen:
+def start(environment, *words, before: Sequence[str] = (), root: Path = ROOT) -> subprocess.Popen:
     command = [*before, sys.executable, "-m", "experiments", *map(str, words)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe)
+    return subprocess.Popen(command, cwd=root, env=environment, text=True, stdout=pipe, stderr=pipe)
 
 
-def succeeds(environment, *words) -> str:
-    process = start(environment, *words)
+def succeeds(environment, *words, root: Path = ROOT) -> str:
+    process = start(environment, *words, root=root)
     out, err = process.communicate()
     assert process.returncode == 0, err
     return out
@@ -230,6 +231,56 @@ def test_what_is_finished_is_not_measured_again(tmp_path, arguments, environment
     assert same(out, few)
 
 
+def test_one_more_experiment_measures_what_is_missing(tmp_path, arguments, environment, few):
+    """And nothing else; other readings of one that is there are measured beside it."""
+    out = tmp_path / "out"
+    shutil.copytree(few, out)
+    known = set(out.rglob("settings.json"))
+    succeeds(environment, "run", *arguments, "--only", "A1", "A3", "A9", "--out", out, "--resume")
+    new = [json.loads(path.read_text()) for path in set(out.rglob("settings.json")) - known]
+    assert len(new) == 4 and all(list(settings["experiments"]) == ["A3"] for settings in new)
+    results, before = numbers(out)["experiments"], numbers(few)["experiments"]
+    assert {id: results[id] for id in ("A1", "A9")} == before and results["A3"]["results"]["registers"]["controls"]
+    with np.load(out / "per_image" / "registers.npz") as ours, np.load(few / "per_image" / "registers.npz") as theirs:
+        assert set(ours.files) == set(theirs.files)  # A3 has no number of single images
+    known = set(out.rglob("settings.json"))
+    succeeds(environment, "run", *arguments, *FEW, "--a9-reading", "final", "--out", out, "--resume")
+    new = [json.loads(path.read_text()) for path in set(out.rglob("settings.json")) - known]
+    assert len(new) == 4 and all(list(settings["experiments"]) == ["A9"] for settings in new)
+    assert numbers(out)["experiments"]["A1"] == before["A1"] and numbers(out)["experiments"]["A9"] != before["A9"]
+    succeeds(environment, "run", *arguments, *FEW, "--out", out, "--resume")
+    assert same(out, few)
+
+
+def test_other_code_measures_again(tmp_path, arguments, environment, few):
+    """Of the experiment, of what it imports, or of the library; and what is measured says by which versions."""
+    out, root = tmp_path / "out", tmp_path / "checkout"
+    for name in ("jaxvit", "convert", "experiments"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(few, out)
+
+    def again() -> dict[str, float]:
+        succeeds(environment, "run", *arguments, *FEW, "--out", out, "--resume", root=root)
+        experiments = numbers(out)["experiments"]
+        return {id: experiments[id]["results"]["registers"]["patches"] for id in ("A1", "A9")}
+
+    before = again()
+    assert same(out, few)
+    path = root / "experiments/paper/a1_attention_mass.py"
+    path.write_text(path.read_text().replace("trace.mass[-1].mean(axis=1)", "0.5 * trace.mass[-1].mean(axis=1)"))
+    after = again()
+    assert after["A1"]["mean"] == pytest.approx(before["A1"]["mean"] / 2) and after["A9"] == before["A9"]
+    path = root / "jaxvit/analysis/decompose.py"
+    path.write_text(path.read_text() + "\n# other code\n")
+    known = set(out.rglob("settings.json"))
+    again()
+    new = set(out.rglob("settings.json")) - known
+    assert len(new) == 4, "both passes of both models"
+    assert {json.loads(path.read_text())["model"]["versions"]["jax"] for path in new} == {
+        numbers(out)["versions"]["jax"]
+    }
+
+
 def test_a_model_that_cannot_be_run_does_not_cost_the_others(tmp_path, arguments, environment, few):
     out = tmp_path / "out"
     shutil.copytree(few, out)
@@ -243,11 +294,117 @@ def test_a_model_that_cannot_be_run_does_not_cost_the_others(tmp_path, arguments
     assert results["experiments"] == numbers(few)["experiments"]
 
 
+@pytest.mark.parametrize("where", ["measure", "numbers", "claims", "figures", "table"])
+def test_what_fails_in_one_experiment_does_not_cost_the_others(tmp_path, arguments, few, monkeypatch, capsys, where):
+    """Its name, the model and the reason are in the report and on the terminal, and the exit status says so."""
+
+    def fails(self, *more, **named):
+        raise FloatingPointError("a number is none")
+
+    if where in ("claims", "figures", "table"):  # of what is measured already
+        shutil.copytree(few, tmp_path / "out")
+    monkeypatch.setattr(type(EXPERIMENTS["A1"]), where, fails)
+    words = ["--models", f"registers={arguments[2].partition('=')[2]}", *arguments[3:], *FEW, "--control-images", "0"]
+    assert main(["run", *words, "--out", str(tmp_path / "out"), "--resume", "--examples", "1"]) == 1
+    told, err = capsys.readouterr()
+    results, page = numbers(tmp_path / "out"), (tmp_path / "out" / "report.html").read_text()
+    for text in (told, page):
+        assert "FloatingPointError: a number is none (test_run.py, line" in text
+    assert "A1 failed" in err and "Some experiments failed" in page
+    assert results["experiments"]["A9"]["results"]["registers"]["patches"]["n"] == CLASSES * EACH
+    if where in ("measure", "numbers"):
+        assert results["models"]["registers"]["failed"].keys() == {"A1"}
+        assert not results["experiments"]["A1"]["results"] and "registers" not in results["failed"]
+    else:
+        assert results["experiments"]["A1"]["failed"] and results["experiments"]["A1"]["results"]
+
+
+def test_names_of_any_bytes_and_batches_of_any_size(tmp_path, arguments):
+    """A file name that is not UTF-8 is written out; the checksum of pixels is the same for all sizes of batches."""
+    (tmp_path / "images").mkdir()
+    for i, name in enumerate((b"caf\xe9.png", b"tea.png", b"\xff.jpg")):
+        pixels = (tmp_path / "image.png").with_suffix(".png")
+        Image.fromarray(np.full((24, 30, 3), 40 * i, np.uint8)).save(pixels)
+        shutil.copy(pixels, os.path.join(os.fsencode(tmp_path / "images"), name))  # noqa: PTH118
+    Path(os.fsdecode(os.path.join(os.fsencode(tmp_path / "images"), b"\xff.jpg"))).write_bytes(b"no image")  # noqa: PTH118
+    digests = set()
+    for size in ("1", "2"):
+        words = [*arguments[:2], "--size", "native", "--images", str(tmp_path / "images"), "--batch-size", size]
+        out = tmp_path / f"out{size}"
+        assert main(["run", *words, "--only", "A1", "--control-images", "0", "--examples", "2", "--out", str(out)]) == 0
+        images = numbers(out)["models"]["plain"]["images"]
+        digests.add(images["sha256 of the prepared pixels"])
+        assert images["skipped"][0]["image"] == "\\xff.jpg" and "\\xff.jpg" in (out / "report.html").read_text()
+        with np.load(out / "per_image" / "plain.npz") as arrays:
+            assert set(arrays["clean/image"]) == {"caf\\xe9.png", "tea.png"}
+    assert len(digests) == 1
+
+
+def test_no_readable_image_is_an_error(tmp_path, arguments, capsys):
+    """Of all images; and of those that register neurons are sought on, which costs that model alone."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    words = ["run", *arguments[:3], "--size", "native", "--images", str(tmp_path / "images"), *FEW]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 1
+    assert "none of the 1 images can be used" in capsys.readouterr().err.splitlines()[-1]
+    folder = tmp_path / "images"
+    for i in range(4):
+        shutil.copy(Path(arguments[arguments.index("--images") + 1]) / "class 1" / f"{i}.png", folder / f"{i}.png")
+    (folder / "broken.png").unlink()
+    first = np.random.default_rng(0).permutation(4)[0]  # of the order in which a run takes images
+    (folder / f"{first}.png").write_bytes(b"no image")
+    more = ["--test-time-registers", "1", "--test-time-registers-images", "1", "--control-images", "0"]
+    assert main([*words, *more, "--out", str(tmp_path / "other"), "--examples", "1"]) == 1
+    results = numbers(tmp_path / "other")
+    assert "that neurons are sought on" in results["failed"]["plain-1-test-time-registers"]["reason"]
+    assert results["experiments"]["A1"]["results"]["plain"]
+
+
+def test_an_experiment_of_ones_own_is_run_like_the_others(tmp_path, toys, arguments, environment):
+    """That of docs/experiments.md, from a file, under controls too."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/experiments.md").read_text(), flags=re.DOTALL)[0]
+    controlled = '    title = "Lengths of the patches\' values"\n'
+    more = '    passes = ("clean", "controls")\n    controlled = True\n'
+    (tmp_path / "my_experiments.py").write_text(code.replace(controlled, controlled + more))
+    out, plugin = tmp_path / "out", ["--plugin", tmp_path / "my_experiments.py"]
+    told = succeeds(
+        environment, "run", *arguments, *plugin, "--only", "Z1", "A1", "--control-images", "4", "--out", out
+    )
+    assert (
+        "\nZ1  Lengths of the patches' values" in told and "Lengths of the patches" in (out / "report.html").read_text()
+    )
+    found = numbers(out)["experiments"]["Z1"]["results"]["registers"]
+    assert (
+        found["layers"][-1]["n"] == CLASSES * EACH and found["controls"]["registers zero every"]["layers"][-1]["n"] == 4
+    )
+    with np.load(out / "per_image" / "registers.npz") as arrays:
+        name, lengths = arrays["clean/image"][0], arrays["clean/Z1/length"]
+    model = jaxvit.load(toys / "registers")
+    image = jaxvit.prepare(toys / "images" / name, model.config)
+    v = model(image, record="v").trace["v"][:, 0, model.prefix :]
+    np.testing.assert_allclose(lengths[0], np.linalg.norm(v, axis=-1).mean((1, 2)), rtol=1e-5)
+    (tmp_path / "empty.py").write_text("")
+    assert "has no EXPERIMENT" in last_line(start(environment, "run", *arguments, "--plugin", tmp_path / "empty.py"))
+
+
 def test_one_run_at_a_time_writes_to_a_folder(tmp_path, capsys):
     with alone(tmp_path), pytest.raises(ValueError, match="another run is writing"), alone(tmp_path):
         pass
     with alone(tmp_path):
         pass
+
+
+def test_what_is_there_is_not_emptied_under_a_live_run_or_for_a_run_without_models(tmp_path, arguments, few, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(few, out)
+    before = fingerprint(out) | {str(path): "" for path in out.rglob("*")}
+    with alone(out):
+        assert main(["run", *arguments, *FEW, "--out", str(out), "--overwrite"]) == 1
+        assert "another run is writing" in capsys.readouterr().err
+    missing = [*arguments[:1], "gone=no/such/place/at/all", *arguments[1:]]
+    assert main(["run", *missing, *FEW, "--out", str(out), "--overwrite"]) == 1
+    assert "gone cannot be run" in (error := capsys.readouterr().err) and "nothing in" in error
+    assert fingerprint(out) | {str(path): "" for path in out.rglob("*")} == before
 
 
 def test_eight_devices_give_what_one_gives(tmp_path, arguments, environment, few):
@@ -349,7 +506,7 @@ def test_a_dry_run_of_the_paper(capsys, monkeypatch, tmp_path):
     T, D, F = 257, 1536, 4096
     forward = 40 * (2 * T * D * 4 * D + 2 * 2 * T * T * D + 3 * 2 * T * D * F) / 2e11
     assert f"1136.5 M 4.55 GB to fetch {1e3 * forward:.0f} ms" in " ".join(giant.split())
-    assert "every layer (B3): up to 7.5 GB" in told
+    assert "what B3 sums up over images: up to 7.5 GB" in told
     rows = re.findall(r"([\d.]+) GB  to fetch +\d+ ms +([\d.]+) (s|min|h) ", told)
     ((fetch,), ((time, unit),)) = (
         re.findall(pattern, told)
@@ -369,6 +526,7 @@ def test_a_dry_run_of_the_paper(capsys, monkeypatch, tmp_path):
     [
         (["--a4-l2", "0"], "not at least"),
         (["--b3-stride", "0"], "not at least 1"),
+        (["--labelled-per-class", "1"], "not at least 2"),
         (["--a4-draws", "many"], "not a whole number"),
         (["--control-images", "-1"], "at least 0"),
         (["--batch-size", "0"], "at least 1"),

@@ -2,15 +2,21 @@
 
 import dataclasses
 import hashlib
+import json
 
 import jax
 import pytest
 from conftest import TINY, random_images, random_model
+from layouts import numbers as drawn
+from layouts import tiny, transformers_json, transformers_state, write_safetensors
 
 import jaxvit
 from convert import catalogue
-from experiments import embedded, presets
-from experiments.subjects import Spec, family_of, keys, load
+from convert.__main__ import main as convert_main
+from experiments import embedded
+from experiments.__main__ import models_and_images, parser
+from experiments.models import presets
+from experiments.models.subjects import Spec, family_of, keys, load
 from jaxvit import ViTConfig
 
 
@@ -38,6 +44,42 @@ def test_keys_are_short_fit_for_files_and_all_different():
     ]
     found = keys(specs)
     assert found == ["dinov2-small", "dinov2-small-2", "dinov2-small-3", "model", "b-2-test-time-registers"]
+
+
+def test_a_converted_folder_says_that_its_weights_are_random(tmp_path, capsys):
+    """It is told by who converts, or saves; nothing else knows."""
+    config = tiny(registers=2)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(transformers_json(config)))
+    write_safetensors(source / "model.safetensors", transformers_state(config, drawn(config)))
+    for name, words in (("trained", []), ("random", ["--random"])):
+        assert convert_main(["convert", str(source), str(tmp_path / name), *words]) == 0
+        assert ("weights: random" in capsys.readouterr().out) == (name == "random")
+        about = load(Spec(str(tmp_path / name)), name).about
+        assert (about.weights, about.registers_are) == (name, name)
+    jaxvit.save(random_model(ViTConfig(**TINY)), tmp_path / "saved", jaxvit.Provenance({"kind": "random"}))
+    assert load(Spec(str(tmp_path / "saved")), "saved").about.weights == "random"
+
+
+def test_a_certificate_beside_a_model_does_not_make_it_another(tmp_path):
+    jaxvit.save(random_model(ViTConfig(**TINY)), tmp_path / "model")
+    spec = Spec(str(tmp_path / "model"))
+    before = spec.identity
+    (tmp_path / "model" / "parity.json").write_text("{}")
+    assert spec.identity == before and len(before["files"]) == 2
+    jaxvit.save(random_model(ViTConfig(**TINY), seed=1), tmp_path / "model", overwrite=True)
+    assert spec.identity != before
+
+
+def test_test_time_registers_are_added_once(monkeypatch, tmp_path):
+    """To models that have none, and not to those of a preset that were given some."""
+    monkeypatch.setattr(embedded, "model_file", lambda: tmp_path / "model.onnx")
+    (tmp_path / "image.png").touch()
+    words = ["run", "--preset", "embedded", "--images", str(tmp_path), "--test-time-registers"]
+    for count, expected in (("1", [0, 1, 0, 0]), ("2", [0, 2, 1, 0, 0])):
+        specs, _, _ = models_and_images(parser().parse_args([*words, count]))
+        assert [spec.test_time_registers for spec in specs] == expected
 
 
 def test_every_model_of_the_paper_is_known_by_source_family_and_size():

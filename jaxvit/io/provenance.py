@@ -138,7 +138,7 @@ def of_source(source: Mapping[str, Any]) -> Iterable[str]:
     revision = f" at revision {source['revision']}" if "revision" in source else ""
     layout = f", in the layout {source['layout']}" if "layout" in source else ""
     yield f"source: {what}{library}{revision}{layout}"
-    for name in ("revision given", "weights", "branch", "prefix", "architecture", "config given", "preparation"):
+    for name in ("weights", "revision given", "branch", "prefix", "architecture", "config given", "preparation"):
         if name in source:
             yield f"  {name}: {source[name]}"
     for file, digest in {**source.get("sha256", {}), **source.get("config sha256", {})}.items():
