@@ -6,12 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import architectures, conversion, families, parity, speed
+from benchmarks import architectures, conversion, families, parity, sources, speed
 
 COMMANDS = {
     "speed": ("how fast jaxvit is beside PyTorch", speed),
     "parity": ("how equal DINOv2 is to PyTorch's, at full depth", parity),
     "families": ("how equal every family is, from every source", families),
+    "sources": ("what comes of every kind of file that users have", sources),
     "architectures": ("which of timm's Vision Transformers convert, and how equal they are", architectures),
     "conversion": ("how much memory the conversion of a large checkpoint takes", conversion),
 }
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         ("parity", "docs/parity.md"),
         ("conversion", "docs/conversion.md"),
         ("families", "docs/families.md"),
+        ("sources", "docs/sources.md"),
     ):
         of[name].add_argument("--write", action="store_true", help=f"put the table into {where}")
     where = "docs/architectures.md and convert/architectures.json"
@@ -63,6 +65,8 @@ def main(argv: list[str] | None = None) -> None:
             parity.main(o.write)
         case "families":
             families.main(o.write)
+        case "sources":
+            sys.exit(sources.main(o.write))
         case "architectures":
             architectures.main(o.write, o.facts)
         case "conversion":

@@ -26,6 +26,7 @@ from jaxvit.model.params import abstract, from_params, to_params
 
 from . import clip, deit, dino, dinov2, dinov3, timm
 from .engine import (
+    AVERAGED,
     ConversionError,
     Layout,
     Renamed,
@@ -237,6 +238,8 @@ def check_dtype(dtype: DTypeLike) -> None:
 def read(source: Any, **known: Unpack[Reading]) -> Source:
     """The tensors of a source, and what is known about them."""
     opened = open_source(source, *(known.get(name) for name in ("revision", "architecture", "branch", "prefix")))
+    if any(name.split(".")[-1] == AVERAGED for name in opened.tensors):
+        opened.ignored[f"{AVERAGED} (outside *"] = "how many models PyTorch's AveragedModel has averaged"
     if fields := known.get("config"):
         fields = {name: field_of(name, value) for name, value in fields.items()}
         unsure = {name: why for name, why in opened.hints.get("unsure", {}).items() if name not in fields}

@@ -12,7 +12,7 @@ import fnmatch
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,7 +31,13 @@ Transform = Callable[..., Sequence[np.ndarray]]
 
 
 class ConversionError(ValueError):
-    """A source that cannot be converted as it is; the message says why, and lists every offender."""
+    """A source that cannot be converted as it is; the message says why.
+
+    Attributes:
+      problems: every tensor that is missing, too many, or of the wrong shape. The message names the first.
+    """
+
+    problems: tuple[str, ...] = ()
 
 
 class Decided(NamedTuple):
@@ -210,6 +216,10 @@ WRAPPED = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wr
 """What torch.compile, FSDP and activation checkpointing put into names, before a model or before each block."""
 
 
+AVERAGED = "n_averaged"
+"""How many models torch.optim.swa_utils.AveragedModel has averaged: a number beside its `module`."""
+
+
 def locate(
     layouts: Sequence[Layout], tensors: Tensors, hints: Mapping[str, Any] | None = None
 ) -> tuple[Layout, Renamed]:
@@ -221,18 +231,11 @@ def locate(
       ConversionError: none of the layouts, or one in which two tensors have the same name.
     """
     keys = [WRAPPED.sub(r"\1", key) for key in tensors]
+    shared = common_prefix(keys)
     for layout in layouts:
         first = layout.anchors[0]
         for prefix in sorted((key[: -len(first)] for key in keys if key.endswith(first)), key=_preference):
-            # Outside a wrapper, `norm.weight` is not the wrapped model's: it must neither replace that nor stand in.
-            names = [
-                layout.rename(key.removeprefix(prefix))
-                if key.startswith(prefix)
-                else key
-                if key in layout.outside
-                else f"{key} (outside {prefix})"
-                for key in keys
-            ]
+            names = [name_in(layout, key, prefix, shared) for key in keys]
             renamed = Renamed(tensors, dict(zip(names, tensors, strict=True)), prefix)
             if all(anchor in renamed for anchor in layout.anchors) and layout.accepts(renamed, hints or {}):
                 if len(renamed) < len(names):
@@ -245,11 +248,31 @@ def locate(
         raise ConversionError("the checkpoint holds no tensors")
     some = ", ".join(list(tensors)[:5])
     like = describe_foreign(tensors)
-    raise ConversionError(
-        f"not a checkpoint of a known layout ({', '.join(layout.name for layout in layouts)}): "
-        f"{f'it looks like {like}; ' if like else nearest(layouts, tensors)}"
-        f"its {len(tensors)} tensors are named {some}{', ..' if len(tensors) > 5 else ''}"
-    )
+    names = f"its {len(tensors)} tensors are named {some}{', ..' if len(tensors) > 5 else ''}"
+    if like:
+        raise ConversionError(f"not a checkpoint of a known layout: it looks like {like}; {names}")
+    known = ", ".join(layout.name for layout in layouts)
+    raise ConversionError(f"not a checkpoint of a known layout ({known}): {nearest(layouts, tensors)}{names}")
+
+
+def common_prefix(keys: Iterable[str]) -> str:
+    """What stands before all names, up to a dot: `module.` of DataParallel, or the name of an attribute."""
+    paths = [key.split(".")[:-1] for key in keys if key != AVERAGED]
+    first, last = (min(paths), max(paths)) if paths else ([], [])
+    n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return "".join(f"{part}." for part in first[:n])
+
+
+def name_in(layout: Layout, key: str, prefix: str, shared: str) -> str:
+    """The name that a tensor has in a layout, whose names stand behind `prefix`.
+
+    Outside of it, `norm.weight` is another model's: it must neither replace that of the layout nor stand in for it.
+    What stands before all names is no part of either.
+    """
+    if key.startswith(prefix):
+        return layout.rename(key.removeprefix(prefix))
+    outside = key.removeprefix(shared)
+    return outside if outside in layout.outside else f"{outside} (outside {prefix.removeprefix(shared) or prefix})"
 
 
 def nearest(layouts: Sequence[Layout], tensors: Tensors) -> str:
@@ -316,14 +339,20 @@ def stream_tensors(
         if sum(math.prod(shapes[target][1:]) for target in rule.targets) > 2**20:
             _give_back()
     left = unused(layout, tensors, ignored or {}, used)
-    like, larger = describe_foreign_extras(left), larger_model(tensors, left)
-    if like or not larger or problems:
-        problems += [f"{name} is not expected" for name in left]
-        problems += [f"it looks like {like}"] * bool(like)
-    else:
-        problems = [*(f"{name} is not expected" for name in left[:3]), larger]
+    problems += [f"{name} is not expected" for name in left]
     if problems:
-        raise ConversionError(f"not a complete {layout.name} checkpoint: " + "; ".join(problems))
+        like = describe_foreign_extras(left)
+        advice = f"it looks like {like}" if like else larger_model(tensors, left)
+        error = ConversionError(f"not a complete {layout.name} checkpoint: {listed(problems, advice)}")
+        error.problems = tuple(problems)
+        raise error
+
+
+def listed(problems: Sequence[str], advice: str) -> str:
+    """What to do, if it is known, and then what is wrong: not more than a terminal shows."""
+    most = 3 if advice else 12
+    more = [f"and {len(problems) - most} more of this kind"] if len(problems) > most else []
+    return "; ".join([*([advice] if advice else []), *problems[:most], *more])
 
 
 def unused(layout: Layout, tensors: Tensors, ignored: Mapping[str, str], used: Collection[str] = ()) -> list[str]:
@@ -336,7 +365,7 @@ def unused(layout: Layout, tensors: Tensors, ignored: Mapping[str, str], used: C
 def larger_model(tensors: Tensors, left: Sequence[str]) -> str:
     """What to do about an encoder inside a larger model, if tensors are left outside of its prefix; else empty."""
     prefix = getattr(tensors, "prefix", "")
-    outside = [name for name in left if name.endswith(f" (outside {prefix})")]
+    outside = [name for name in left if " (outside " in name and prefix.endswith(name.rpartition("outside ")[2][:-1])]
     if not outside or not prefix:
         return ""
     return (

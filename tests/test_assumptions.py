@@ -24,6 +24,7 @@ from convert.sources import DEFAULTS
 from convert.verify import Size, compare, random_images
 from jaxvit import ViTConfig
 from jaxvit.convert.verify import shared_assumptions
+from jaxvit.model.params import to_params
 
 SMALL = dict(depth=12, width=384, heads=12, hidden=32, patch=16, grid=(2, 2), layer_scale=False)
 """As wide and deep as DINO's S, which has 6 heads, and MoCo v3's, which has 12; with a narrow MLP."""
@@ -452,6 +453,37 @@ def test_wrappers_and_levels_are_taken_off(how):
     source = {WRAPPED[how](n): a for n, a in state.items()} if how in WRAPPED else NESTED[how](state)
     assert original_of(source).config == convert.load(source).config
     np.testing.assert_array_equal(convert.load(source).norm.scale[...], state["norm.weight"])
+
+
+def whole_models():
+    """Models with tensors outside of the encoder: a text side, a classifier, a number."""
+    clip = dict(SIZES_OF_CLIP, hidden_act="quick_gelu")
+    config = transformers.CLIPConfig(vision_config=clip, text_config=TEXT, projection_dim=16)
+    labelled = dict(SIZES_OF_CLIP, patch_size=14, image_size=28, num_labels=5)
+    labelled = {name: value for name, value in labelled.items() if name != "intermediate_size"}
+    yield transformers.CLIPModel(config).state_dict(), {"mlp": "quick_gelu"}
+    yield transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**labelled, mlp_ratio=1)).state_dict(), {}
+    config = tiny(depth=1)
+    state = {f"module.{name}": array for name, array in hub_state(config, numbers(config)).items()}
+    yield state | {"n_averaged": np.array(3)}, {}
+
+
+SIZES_OF_CLIP = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64)
+SIZES_OF_CLIP |= dict(image_size=32, patch_size=16)
+TEXT = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=10)
+TEXT |= dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_what_stands_before_all_names_is_no_part_of_them(which):
+    state, config = list(whole_models())[which]
+    config |= {"heads": 1}
+    bare = to_params(convert.load(state, config=config))
+    for prefix in ("module.", "model.", "_orig_mod.", "module.model.", "network.net."):
+        source = {prefix + name: tensor for name, tensor in state.items()}
+        found = to_params(convert.load(source, config=config))
+        assert found.keys() == bare.keys() and all(np.array_equal(found[name], bare[name]) for name in bare)
+        assert original_of(source, config=config).config == convert.load(source, config=config).config
 
 
 def test_two_models_under_unknown_names_are_not_chosen_from():

@@ -104,7 +104,7 @@ def test_live_models(what):
 def test_names(what):
     state = {name: np.zeros((2, 2), np.float32) for name in BY_NAME[what]}
     message = refusal(state)
-    assert message.startswith("not a checkpoint of a known layout (dinov2/hub, ")
+    assert message.startswith(f"not a checkpoint of a known layout: it looks like {what.strip()}")
     assert f"; {BY_NAME[what][0]}" not in message and f"it looks like {what.strip()}" in message
     assert message.count("looks like") == 1 and BY_NAME[what][0] in message
 
