@@ -6,10 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import architectures, conversion, families, parity, sources, speed
+from benchmarks import architectures, conversion, families, parity, sources, speed, tiles
 
 COMMANDS = {
     "speed": ("how fast jaxvit is beside PyTorch", speed),
+    "tiles": ("how long attention takes on a CPU in tiles of several sizes", tiles),
     "parity": ("how equal DINOv2 is to PyTorch's, at full depth", parity),
     "families": ("how equal every family is, from every source", families),
     "sources": ("what comes of every kind of file that users have", sources),
@@ -61,6 +62,8 @@ def main(argv: list[str] | None = None) -> None:
                 speed.again(o.only, o.keep or parser.error("--only needs --keep NAME"), o.seconds)
             else:
                 speed.main(o.full, o.keep, o.precision, o.seconds, o.out)
+        case "tiles":
+            tiles.main()
         case "parity":
             parity.main(o.write)
         case "families":

@@ -195,12 +195,10 @@ def test_a_program_is_that_of_the_platform_it_is_exported_for(name, pixels, dtyp
         exported = jax.export.export(jax.jit(PROGRAMS[name]), platforms=[platform])(model, images)
         texts[platform] = exported.mlir_module()
         assert "cudnn" not in texts[platform].lower()  # this machine has none, so that `auto` is XLA's form
-    blocks = 2 if name == "gradient" else 1
-    assert loops(texts["cuda"]) == loops(texts["tpu"]) == blocks
-    patches = (pixels // 14) ** 2
-    in_blocks = attention.cpu_blocks((2, patches, 6, 64), patches + 5) > 1
-    assert in_blocks == (pixels == 518)
-    assert (loops(texts["cpu"]) > blocks) == in_blocks
+    over_blocks = 1 + (name == "gradient")
+    assert [loops(text) for text in texts.values()] == [over_blocks] * 3
+    products = {platform: text.count("stablehlo.dot_general") for platform, text in texts.items()}
+    assert products["cpu"] > products["cuda"] == products["tpu"]  # in pieces and tiles
 
 
 def test_the_choice_of_attention_is_checked(model, images, monkeypatch):
@@ -249,7 +247,12 @@ def test_a_forward_pass_is_exported_with_a_symbolic_batch_and_read_back(model, i
     for count in (1, 2):
         out, expected = again.call(params, images[:count]), forward(params, images[:count])
         assert isinstance(out, jaxvit.Output) and out.trace.keys() == {"pattern"}
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), out, expected)
+        jax.tree.map(near, out, expected)
+
+
+def near(actual, expected):
+    """A batch of unknown size stays whole, and its sums are in another order."""
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-6 * np.abs(expected).max())
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------

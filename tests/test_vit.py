@@ -563,9 +563,9 @@ def test_models_are_plain_trees_whatever_the_mode_of_flax():
     assert "ran to the end" in done.stdout
 
 
-@pytest.mark.parametrize("blocks", [2, 5, 23])
-def test_attention_in_blocks_of_rows_is_attention(blocks, monkeypatch):
-    """On a CPU, long sequences are attended to some rows at a time: the same values and gradients."""
+@pytest.mark.parametrize("rows, size, most", [(12, 2**22, 24), (5, 2**10, 24), (6, 1, 999), (5, 2**10, 2), (12, 1, 1)])
+def test_attention_in_tiles_is_attention(rows, size, most, monkeypatch):
+    """On a CPU, some rows and heads at a time, and too many tiles one after another: the same values and gradients."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 24, 3, 8)), jnp.float32) for _ in range(3))
     q = q[:, 1:]  # 23 rows, which some blocks do not divide
@@ -580,7 +580,10 @@ def test_attention_in_blocks_of_rows_is_attention(blocks, monkeypatch):
         return jax.jit(jax.value_and_grad(total, (0, 1, 2, 3)))(q, k, v, mask)
 
     whole = run(q, k, v, mask)
-    monkeypatch.setattr(attention, "cpu_blocks", lambda shape, tokens: blocks)
+    monkeypatch.setattr(attention, "ROWS", rows)
+    monkeypatch.setattr(attention, "TILE_BYTES", size)
+    monkeypatch.setattr(attention, "TILES", most)
+    assert sum(map(len, attention.tiles(q.shape, 24))) > 2
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), run(q, k, v, mask), whole)
 
 

@@ -6,7 +6,8 @@ kernel is chosen by the argument `attention`. Axes as in `jaxvit.model.vit`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, Literal, get_args
 
@@ -24,6 +25,8 @@ from jaxvit.model.tap import KnockoutFactor, Tap
 Rope = Callable[[Array], Array]
 """Rotates queries or keys [B, T, H, d] by their position."""
 
+Form = Literal["auto", "xla", "cudnn", "cpu"]
+"""A `Kernel`, or `cpu` in a program, or a part of one, that is for a CPU."""
 Kernel = Literal["auto", "xla", "cudnn"]
 """How attention is computed where nobody reads or edits its weights.
 
@@ -40,16 +43,24 @@ class Attention(nnx.Module):
         self.norm = make_norm(c, c.width, c.branch_norms)
         self.proj = Linear((c.heads, c.head_size), c.width, c.proj_bias, rngs)
 
-    def __call__(self, x_BTD: Array, tap: Tap, apply_rope: Rope = identity, kernel: Kernel = "auto") -> Array:
-        q, k, v = jnp.unstack(self.qkv(x_BTD), axis=2)
+    def __call__(self, x_BTD: Array, tap: Tap, apply_rope: Rope = identity, kernel: Form = "auto") -> Array:
+        q, k, v = jnp.unstack(by_rows(self.qkv, x_BTD, kernel), axis=2)
         q, k, v = tap("q", apply_rope(self.q_norm(q))), tap("k", apply_rope(self.k_norm(k))), tap("v", v)
         z_BTHd = tap("z", attend(q, k, v, tap, kernel))
         if self.norm is not identity:
             z_BTHd = self.norm(jax.lax.collapse(z_BTHd, 2)).reshape(z_BTHd.shape)
-        return self.proj(z_BTHd)
+        return by_rows(self.proj, z_BTHd, kernel)
 
 
-def attend(q_BTHd: Array, k_BTHd: Array, v_BTHd: Array, tap: Tap, kernel: Kernel) -> Array:
+def by_rows(function: Callable[[Array], Array], x_BTD: Array, kernel: Form) -> Array:
+    """A function of each token. Of one image on a CPU: in two halves, which are computed at the same time."""
+    B, T = x_BTD.shape[:2]
+    if kernel != "cpu" or B > 1 or T < 128:
+        return function(x_BTD)
+    return joined([function(x_BTD[:, part]) for part in cuts(T, 2)], axis=1)
+
+
+def attend(q_BTHd: Array, k_BTHd: Array, v_BTHd: Array, tap: Tap, kernel: Form) -> Array:
     """[B, T, H, d]. Only rows whose weights are read or edited are written out."""
     T = q_BTHd.shape[1]
     rows = tap.explicit_rows(T)
@@ -116,13 +127,13 @@ def fused_attention(
     v_BTHd: Array,
     first: int = 0,
     factor: KnockoutFactor | None = None,
-    kernel: Kernel = "auto",
+    kernel: Form = "auto",
 ) -> Array:
     """The same by the fastest means; the weights cannot be seen.
 
     Args:
       first: number of the first query row, which `factor` is asked for.
-      kernel: see `Kernel`; knock-outs always take the XLA form.
+      kernel: see `Form`; knock-outs always take the XLA form.
     """
     rows = first + np.arange(q_BQHd.shape[1])
 
@@ -131,11 +142,14 @@ def fused_attention(
 
     if factor is None and kernel == "cudnn":
         return cudnn_attention(q_BQHd, k_BTHd, v_BTHd)
+    on_cpu = partial(attention_in_tiles, first=first, factor=factor)
+    if kernel == "cpu":
+        return jax.checkpoint(on_cpu, prevent_cse=False)(q_BQHd, k_BTHd, v_BTHd)
     by_platform: dict[str, Callable[..., Array]] = {}
     if factor is None and kernel == "auto" and cudnn_takes(q_BQHd.dtype, q_BQHd.shape[-1]) and cudnn_is_here():
         by_platform["cuda"] = cudnn_attention
-    if (blocks := cpu_blocks(q_BQHd.shape, k_BTHd.shape[1])) > 1:
-        by_platform["cpu"] = partial(attention_on_cpu, blocks=blocks, first=first, factor=factor)
+    if any(len(parts) > 1 for parts in tiles(q_BQHd.shape, k_BTHd.shape[1])):
+        by_platform["cpu"] = on_cpu
     if not by_platform:
         return whole(q_BQHd, k_BTHd, v_BTHd)
     choose = partial(jax.lax.platform_dependent, default=whole, **by_platform)
@@ -143,28 +157,74 @@ def fused_attention(
     return jax.checkpoint(choose, prevent_cse=False)(q_BQHd, k_BTHd, v_BTHd)
 
 
-# --- on a CPU: query rows in blocks whose scores stay in the caches
+# --- on a CPU: query rows and heads in tiles, whose scores stay in the caches
 
-CPU_BYTES = 2**24
-"""As much of the scores as is written out at once on a CPU: what leaves the caches costs more than twice."""
+ROWS, HEADS = 352, 3
+"""Query rows and heads of a tile at most; `python -m benchmarks tiles` measures others."""
+TILE_BYTES = 2**22
+"""As much of the scores as a tile has: what leaves the caches costs more than twice."""
+TILES = 24
+"""At most so many independent tiles: each makes the program larger. More are computed one after another."""
 
 
-def cpu_blocks(shape_BQHd: tuple[Any, ...], tokens: int) -> int:
-    """Into how many blocks query rows are split on a CPU."""
+def cuts(n: int, pieces: int) -> list[slice]:
+    """Parts of 0 .. n - 1 of nearly one size."""
+    at = [round(i * n / pieces) for i in range(pieces + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(at)]
+
+
+def tiles(shape_BQHd: tuple[Any, ...], tokens: int) -> tuple[list[slice], list[slice]]:
+    """Query rows and heads of the tiles."""
     B, Q, H, _ = shape_BQHd
-    if not isinstance(B, int):  # a symbolic size, of an exported program
-        return 1
-    return min(-(-4 * B * H * Q * tokens // CPU_BYTES), max(Q // 32, 1))
+    if not isinstance(B, int) or B * Q == 0:  # a symbolic size, of an exported program; or nothing
+        return [slice(0, Q)], [slice(0, H)]
+    rows = cuts(Q, -(-Q // ROWS))
+    heads = min(max(TILE_BYTES // (4 * B * (rows[0].stop - rows[0].start) * tokens), 1), HEADS)
+    groups = next(n for n in range(min(-(-H // heads), H), H + 1) if H % n == 0)
+    return rows, cuts(H, groups)
 
 
-def attention_on_cpu(
-    q_BQHd: Array, k_BTHd: Array, v_BTHd: Array, *, blocks: int, first: int, factor: KnockoutFactor | None
+def attention_in_tiles(
+    q_BQHd: Array, k_BTHd: Array, v_BTHd: Array, *, first: int, factor: KnockoutFactor | None
 ) -> Array:
-    """`attention` in blocks of rows: of long sequences one image after another, unless these are sharded."""
-    blocks_of_one = cpu_blocks((1, *q_BQHd.shape[1:]), k_BTHd.shape[1])
-    sharded = any(axis is not None for axis in jax.typeof(q_BQHd).sharding.spec[:1])
-    if q_BQHd.shape[0] == 1 or blocks_of_one == 1 or sharded:
-        return attention_in_blocks(q_BQHd, k_BTHd, v_BTHd, blocks=blocks, first=first, factor=factor)
+    """`attention`, for tiles that are independent of each other: XLA's CPU backend computes them at the same time."""
+    rows, heads = tiles(q_BQHd.shape, k_BTHd.shape[1])
+    if len(rows) * len(heads) > TILES:
+        if q_BQHd.shape[0] > 1:
+            return of_each_image(q_BQHd, k_BTHd, v_BTHd, first=first, factor=factor)
+        return of_rows_in_turn(q_BQHd, k_BTHd, v_BTHd, first=first, factor=factor)
+    numbers = first + np.arange(q_BQHd.shape[1])
+    return joined([of_heads(q_BQHd[:, r], k_BTHd, v_BTHd, numbers[r], factor, heads) for r in rows], axis=1)
+
+
+def of_heads(
+    q_BQHd: Array,
+    k_BTHd: Array,
+    v_BTHd: Array,
+    rows: Array | np.ndarray,
+    factor: KnockoutFactor | None,
+    heads: Sequence[slice],
+) -> Array:
+    """`attention`, with some heads at a time."""
+    factors = [factor and partial(_of_heads, factor=factor, heads=h) for h in heads]
+    parts = [
+        attention(q_BQHd[:, :, h], k_BTHd[:, :, h], v_BTHd[:, :, h], rows, of_these)
+        for h, of_these in zip(heads, factors, strict=True)
+    ]
+    return joined(parts, axis=2)
+
+
+def joined(parts: Sequence[Array], axis: int = 0) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
+
+
+def _of_heads(rows: Array | np.ndarray, dtype: np.dtype, factor: KnockoutFactor, heads: slice) -> Array:
+    every = factor(rows, dtype)
+    return every if every.shape[1] == 1 else every[:, heads]
+
+
+def of_each_image(q_BQHd: Array, k_BTHd: Array, v_BTHd: Array, *, first: int, factor: KnockoutFactor | None) -> Array:
+    """`attention_in_tiles`, one image after another."""
 
     def of_image(image: tuple[Array, Array, Array, Array]) -> Array:
         *qkv, i = image
@@ -174,21 +234,22 @@ def attention_on_cpu(
             return every if every.shape[0] == 1 else jax.lax.dynamic_slice_in_dim(every, i, 1)
 
         of_this = factor and partial(mine, factor=factor)
-        return attention_in_blocks(*(a[None] for a in qkv), blocks=blocks_of_one, first=first, factor=of_this)[0]
+        return attention_in_tiles(*(a[None] for a in qkv), first=first, factor=of_this)[0]
 
     return jax.lax.map(of_image, (q_BQHd, k_BTHd, v_BTHd, jnp.arange(q_BQHd.shape[0])))
 
 
-def attention_in_blocks(
-    q_BQHd: Array, k_BTHd: Array, v_BTHd: Array, *, blocks: int, first: int, factor: KnockoutFactor | None
-) -> Array:
-    """`attention`, for `blocks` blocks of query rows one after another; the batch stays whole."""
+def of_rows_in_turn(q_BQHd: Array, k_BTHd: Array, v_BTHd: Array, *, first: int, factor: KnockoutFactor | None) -> Array:
+    """`attention_in_tiles`, with one tile of query rows after another."""
     B, Q, H, d = q_BQHd.shape
-    rows = -(-Q // blocks)
+    parts, heads = tiles(q_BQHd.shape, k_BTHd.shape[1])
+    blocks, rows = len(parts), max(part.stop - part.start for part in parts)
     padded = jnp.pad(q_BQHd, ((0, 0), (0, rows * blocks - Q), (0, 0), (0, 0)))
     split = jnp.moveaxis(padded.reshape(B, blocks, rows, H, d), 1, 0)
     numbers = first + np.arange(rows * blocks).reshape(blocks, rows).clip(max=Q - 1)
-    z = jax.lax.map(lambda block: attention(block[0], k_BTHd, v_BTHd, block[1], factor), (split, jnp.asarray(numbers)))
+    z = jax.lax.map(
+        lambda block: of_heads(block[0], k_BTHd, v_BTHd, block[1], factor, heads), (split, jnp.asarray(numbers))
+    )
     return jnp.moveaxis(z, 0, 1).reshape(B, rows * blocks, H, d)[:, :Q]
 
 

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import jax
@@ -15,8 +16,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from jaxvit.model.attention import Kernel, Rope, check_kernel
-from jaxvit.model.edits import Edits, Operation, by_layer, check_edits, normalise_edits
+from jaxvit.model.attention import Form, Kernel, Rope, check_kernel, cuts, joined
+from jaxvit.model.edits import Edits, Operation, Shuffle, by_layer, check_edits, normalise_edits
 from jaxvit.model.layers import identity
 from jaxvit.model.positions import rotary
 from jaxvit.model.programs import Program, is_traced, kept
@@ -68,36 +69,69 @@ def run_blocks(
       remat: what a backward pass computes again.
       kernel: see `jaxvit.model.attention.Kernel`.
     """
+    run = partial(_run, plan=plan, grid=grid, measure=measure, remat=remat)
+    whole = partial(run, kernel=kernel)
+    if kernel == "cudnn" or not (pieces := pieces_on_cpu(x_BTD, edits)):
+        return whole(model, x_BTD, edits, first)
+    on_cpu = partial(run, kernel="cpu", pieces=pieces)
+    chunks = 1 if measure is not None else chunks_on_cpu(model, x_BTD)
+    if chunks > 1:
+        on_cpu = partial(in_chunks, partial(run, kernel="cpu", pieces=min(pieces, len(x_BTD) // chunks)), chunks)
+    # Around all layers, so that a backward pass keeps nothing for the other platforms.
+    return jax.lax.platform_dependent(model, x_BTD, edits, first, cpu=on_cpu, default=whole)
+
+
+def _run(
+    model: ViT,
+    x_BTD: Array,
+    edits: Any,
+    first: Array | None,
+    *,
+    plan: Plan,
+    grid: tuple[int, int] | None,
+    measure: Measure | None,
+    remat: Remat,
+    kernel: Form,
+    pieces: int = 1,
+) -> Ran:
+    """`run_blocks`, with images in independent pieces through each block."""
     depth = model.config.depth
     scanned, of_layer = by_layer(edits, depth)
     apply_rope = rope_for(model, grid, x_BTD.shape[1])
+    parts = cuts(len(x_BTD), pieces) if pieces > 1 else [slice(None)]
 
-    def step(x: Array, block: Block, edits: list[Array], layer: Array, wanted: Wanted) -> tuple[Array, Any]:
-        tap = Tap(dict(wanted), of_layer(edits), model.prefix)
-        x = block(x, tap, apply_rope, kernel)
-        return x, (tap.trace if measure is None else measure(tap.trace, block, layer))
+    def step(
+        xs: tuple[Array, ...], block: Block, edits: list[Array], layer: Array, wanted: Wanted
+    ) -> tuple[tuple[Array, ...], Any]:
+        every, taps, new = of_layer(edits), [], []
+        for x, part in zip(xs, parts, strict=True):
+            taps.append(Tap(dict(wanted), every if pieces == 1 else of_images(every, part), model.prefix))
+            new.append(block(x, taps[-1], apply_rope, kernel))
+        trace = {site: joined([tap.trace[site] for tap in taps]) for site in taps[0].trace}
+        return tuple(new), (trace if measure is None else measure(trace, block, layer))
 
     if remat == "block":
         step = jax.checkpoint(step, prevent_cse=False, static_argnums=4)
 
-    def numbered(x: Array, layer: Array, wanted: Wanted) -> tuple[Array, Any]:
+    def numbered(xs: tuple[Array, ...], layer: Array, wanted: Wanted) -> tuple[tuple[Array, ...], Any]:
         at = partial(jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False)
         block, edits = jax.tree.map(at, (model.blocks, scanned))
-        return step(x, block, edits, layer, wanted)
+        return step(xs, block, edits, layer, wanted)
 
+    xs, found = tuple(x_BTD[part] for part in parts) if pieces > 1 else (x_BTD,), []
     if first is not None:
-        x = jax.lax.fori_loop(first, depth, lambda layer, x: numbered(x, layer, ())[0], x_BTD)
+        xs = jax.lax.fori_loop(first, depth, lambda layer, xs: numbered(xs, layer, ())[0], xs)
         there = (first >= 0) & (first <= depth)
-        return Ran(jnp.where(there, x, jnp.nan), {}, None)  # another layer's answer would be wrong silently
+        return Ran(jnp.where(there, joined(xs), jnp.nan), {}, None)  # another layer's answer would be wrong silently
 
-    x, found = x_BTD, []
     for run in plan.runs:
         layers = jnp.arange(run.start, run.stop)
         if run.stop - run.start == depth:
-            x, new = jax.lax.scan(lambda x, xs: step(x, *xs, run.wanted), x, (model.blocks, scanned, layers))  # noqa: B023
+            xs, new = jax.lax.scan(lambda x, xs: step(x, *xs, run.wanted), xs, (model.blocks, scanned, layers))  # noqa: B023
         else:  # by number: slices of the parameters for each run would be copies of them
-            x, new = jax.lax.scan(lambda x, i: numbered(x, i, run.wanted), x, layers)  # noqa: B023
+            xs, new = jax.lax.scan(lambda x, i: numbered(x, i, run.wanted), xs, layers)  # noqa: B023
         found.append(new)
+    x = joined(xs)
     if measure is not None:
         return Ran(x, {}, found[0] if found else None)
     trace: dict[str, Any] = {}
@@ -108,6 +142,72 @@ def run_blocks(
     for site, places in plan.order:
         trace[site] = trace[site][np.asarray(places)]
     return Ran(x, trace, None)
+
+
+# --- on a CPU: images in pieces
+
+PIECES = 8
+"""At most so many: each makes the program larger."""
+CHUNK_BYTES = 2**24
+"""As much of the largest activation as goes through all layers at once on a CPU: more leaves the caches."""
+
+
+def pieces_on_cpu(x_BTD: Array, edits: Any) -> int:
+    """Into how many pieces images are split in a program for a CPU.
+
+    XLA's CPU backend leaves cores idle within an operation, and runs independent ones at the same time: twice as many
+    pieces as cores keep them busy. 0: images stay together, where an edit mixes them and where they may be sharded. A
+    process with several CPU devices may shard them in ways that cannot be seen here.
+    """
+    mixes = any(isinstance(edit, Shuffle) for each in edits.values() for edit in each)
+    sharded = any(axis is not None for axis in jax.typeof(x_BTD).sharding.spec[:1])
+    if mixes or sharded or x_BTD.size == 0 or jax.device_count("cpu") > 1 or not isinstance(x_BTD.shape[0], int):
+        return 0
+    return min(len(x_BTD), 2 * cores(), PIECES)
+
+
+@cache
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def chunks_on_cpu(model: ViT, x_BTD: Array) -> int:
+    """Into how many chunks images are split that go through all layers one after another."""
+    B, T, _ = x_BTD.shape
+    of_image = T * max(model.config.hidden, 3 * model.config.width) * x_BTD.dtype.itemsize
+    at_once = max(CHUNK_BYTES // of_image, 2)
+    return next((n for n in range(-(-B // at_once), B // 2 + 1) if B % n == 0), 1)
+
+
+def of_images(edits: Any, part: slice) -> Any:
+    """The edits of one layer for some of the images: arrays that are not the same for all images are cut."""
+    return jax.tree.map(lambda a: a[part] if a.ndim and a.shape[0] > 1 else a, edits)
+
+
+def in_chunks(run: Callable[..., Ran], chunks: int, model: ViT, x_BTD: Array, edits: Any, first: Array | None) -> Ran:
+    """`run` of chunks of images, one after another."""
+
+    def split(a: Array, axis: int) -> Array:
+        return jnp.moveaxis(a.reshape(*a.shape[:axis], chunks, -1, *a.shape[axis + 1 :]), axis, 0)
+
+    def merge(a: Array, axis: int) -> Array:
+        a = jnp.moveaxis(a, 0, axis)
+        return a.reshape(*a.shape[:axis], -1, *a.shape[axis + 2 :])
+
+    leaves, structure = jax.tree.flatten(edits)
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    differ = [leaf.ndim > 1 and leaf.shape[1] > 1 for leaf in leaves]
+
+    def one(chunk: tuple[Array, list[Array]]) -> tuple[Array, dict[str, Array]]:
+        x, own = chunk
+        mine = iter(own)
+        every = [next(mine) if varies else leaf for leaf, varies in zip(leaves, differ, strict=True)]
+        ran = run(model, x, jax.tree.unflatten(structure, every), first)
+        return ran.stream, ran.trace
+
+    of_chunks = [split(leaf, 1) for leaf, varies in zip(leaves, differ, strict=True) if varies]
+    stream, trace = jax.lax.map(one, (split(x_BTD, 0), of_chunks))
+    return Ran(merge(stream, 0), {site: merge(value, 1) for site, value in trace.items()}, None)
 
 
 def rope_for(model: ViT, grid: tuple[int, int] | None, tokens: int) -> Rope:

@@ -41,6 +41,10 @@ class Tap:
             self.trace[site] = shown if self.wanted[site] else prefix
         return x
 
+    def touches(self, *sites: str) -> bool:
+        """Whether any of these values is edited or recorded."""
+        return any(site in self.wanted or self.edits.get(site) for site in sites)
+
     def explicit_rows(self, tokens: int) -> int:
         """How many query rows, from the first, need their attention weights written out."""
         of_all = [self.wanted[site] for site in ATTENTION_SITES if site in self.wanted]

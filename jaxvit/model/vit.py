@@ -21,7 +21,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from jaxvit.model.attention import Attention, Kernel, Rope
+from jaxvit.model.attention import Attention, Form, Kernel, Rope, by_rows
 from jaxvit.model.config import ViTConfig
 from jaxvit.model.edits import Edits
 from jaxvit.model.heads import POOLS, make_head
@@ -99,13 +99,15 @@ class Block(nnx.Module):
         self.mlp = make_mlp(c, rngs)
         self.scale1, self.scale2 = (LayerScale(c) if c.layer_scale else identity for _ in range(2))
 
-    def __call__(self, x_BTD: Array, tap: Tap, apply_rope: Rope = identity, kernel: Kernel = "auto") -> Array:
+    def __call__(self, x_BTD: Array, tap: Tap, apply_rope: Rope = identity, kernel: Form = "auto") -> Array:
         x = tap("resid_pre", x_BTD)
         with jax.named_scope("attention"):
             attn_out = tap("attn_out", self.scale1(self.attn(self.norm1(x), tap, apply_rope, kernel)))
             x = tap("resid_mid", tap("skip_attn", x) + attn_out)
         with jax.named_scope("mlp"):
-            mlp_out = tap("mlp_out", self.scale2(self.mlp(self.norm2(x), tap)))
+            whole = "auto" if tap.touches("mlp_pre", "mlp_post") else kernel
+            mlp_out = by_rows(lambda x: self.mlp(self.norm2(x), tap), x, whole)
+            mlp_out = tap("mlp_out", self.scale2(mlp_out))
             return tap("resid_post", tap("skip_mlp", x) + mlp_out)
 
 
