@@ -9,6 +9,7 @@ from conftest import random_model
 import jaxvit
 from jaxvit import Edit, Knockout, Relocate, Shuffle, Take, ViTConfig, each_layer
 from jaxvit.model import attention, run
+from jaxvit.model.params import abstract
 from jaxvit.model.sites import ATTENTION_SITES, SITES
 
 CONFIG = ViTConfig(depth=3, width=32, heads=4, hidden=48, patch=4, grid=(3, 3), registers=2)
@@ -85,7 +86,9 @@ def forms(monkeypatch):
 
     def form(pieces, chunk_bytes=2**24, rows=192):
         jax.clear_caches()
-        monkeypatch.setattr(run, "pieces_on_cpu", lambda x, edits, own=PIECES: own(x, edits) and min(pieces, len(x)))
+        monkeypatch.setattr(run, "PIECE_BYTES", 1)
+        monkeypatch.setattr(run, "pieces_on_cpu", lambda m, x, edits: PIECES(m, x, edits) and min(pieces, len(x)))
+        monkeypatch.setattr(attention, "LEAST_BYTES", 0)
         monkeypatch.setattr(run, "CHUNK_BYTES", chunk_bytes)
         monkeypatch.setattr(attention, "ROWS", rows)
 
@@ -119,6 +122,16 @@ def test_a_program_is_cut_as_it_says(model, images, forms):
     forms(3, chunk_bytes=1)
     text = jax.jit(lambda m, x: m(x)).lower(model, images).as_text()
     assert text.count("stablehlo.while") == 2
+
+
+def test_small_models_are_not_cut(model, images):
+    jax.clear_caches()
+    assert run.pieces_on_cpu(model, jnp.zeros((B, T, 32)), {}) == 0
+    assert [len(parts) for parts in attention.tiles((B, T, 4, 8), T)] == [1, 1]
+    small = ViTConfig.dinov2("small", 4)
+    shapes = [(1, 261, 384), (8, 261, 384), (2, 1374, 384)]
+    pieces = [run.pieces_on_cpu(abstract(small), jnp.zeros(shape, "float32"), {}) for shape in shapes]
+    assert pieces == [1, min(8, 2 * run.cores()), 2]
 
 
 @pytest.mark.parametrize("n, pieces", [(6, 4), (1, 1), (7, 7), (9, 2)])

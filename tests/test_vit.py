@@ -583,6 +583,7 @@ def test_attention_in_tiles_is_attention(rows, size, most, monkeypatch):
     monkeypatch.setattr(attention, "ROWS", rows)
     monkeypatch.setattr(attention, "TILE_BYTES", size)
     monkeypatch.setattr(attention, "TILES", most)
+    monkeypatch.setattr(attention, "LEAST_BYTES", 0)
     assert sum(map(len, attention.tiles(q.shape, 24))) > 2
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), run(q, k, v, mask), whole)
 

@@ -163,6 +163,8 @@ ROWS, HEADS = 352, 3
 """Query rows and heads of a tile at most; `python -m benchmarks tiles` measures others."""
 TILE_BYTES = 2**22
 """As much of the scores as a tile has: what leaves the caches costs more than twice."""
+LEAST_BYTES = 2**18
+"""Scores as small as this are one tile."""
 TILES = 24
 """At most so many independent tiles: each makes the program larger. More are computed one after another."""
 
@@ -176,7 +178,7 @@ def cuts(n: int, pieces: int) -> list[slice]:
 def tiles(shape_BQHd: tuple[Any, ...], tokens: int) -> tuple[list[slice], list[slice]]:
     """Query rows and heads of the tiles."""
     B, Q, H, _ = shape_BQHd
-    if not isinstance(B, int) or B * Q == 0:  # a symbolic size, of an exported program; or nothing
+    if not isinstance(B, int) or 4 * B * H * Q * tokens <= LEAST_BYTES:  # not an int: symbolic, of an exported program
         return [slice(0, Q)], [slice(0, H)]
     rows = cuts(Q, -(-Q // ROWS))
     heads = min(max(TILE_BYTES // (4 * B * (rows[0].stop - rows[0].start) * tokens), 1), HEADS)

@@ -71,7 +71,7 @@ def run_blocks(
     """
     run = partial(_run, plan=plan, grid=grid, measure=measure, remat=remat)
     whole = partial(run, kernel=kernel)
-    if kernel == "cudnn" or not (pieces := pieces_on_cpu(x_BTD, edits)):
+    if kernel == "cudnn" or not (pieces := pieces_on_cpu(model, x_BTD, edits)):
         return whole(model, x_BTD, edits, first)
     on_cpu = partial(run, kernel="cpu", pieces=pieces)
     chunks = 1 if measure is not None else chunks_on_cpu(model, x_BTD)
@@ -148,11 +148,13 @@ def _run(
 
 PIECES = 8
 """At most so many: each makes the program larger."""
+PIECE_BYTES = 2**19
+"""The largest activation of a piece has at least as much: below, pieces only take longer to compile."""
 CHUNK_BYTES = 2**24
 """As much of the largest activation as goes through all layers at once on a CPU: more leaves the caches."""
 
 
-def pieces_on_cpu(x_BTD: Array, edits: Any) -> int:
+def pieces_on_cpu(model: ViT, x_BTD: Array, edits: Any) -> int:
     """Into how many pieces images are split in a program for a CPU.
 
     XLA's CPU backend leaves cores idle within an operation, and runs independent ones at the same time: twice as many
@@ -163,7 +165,7 @@ def pieces_on_cpu(x_BTD: Array, edits: Any) -> int:
     sharded = any(axis is not None for axis in jax.typeof(x_BTD).sharding.spec[:1])
     if mixes or sharded or x_BTD.size == 0 or jax.device_count("cpu") > 1 or not isinstance(x_BTD.shape[0], int):
         return 0
-    return min(len(x_BTD), 2 * cores(), PIECES)
+    return min(len(x_BTD), 2 * cores(), PIECES, len(x_BTD) * bytes_of_image(model, x_BTD) // PIECE_BYTES)
 
 
 @cache
@@ -173,10 +175,13 @@ def cores() -> int:
 
 def chunks_on_cpu(model: ViT, x_BTD: Array) -> int:
     """Into how many chunks images are split that go through all layers one after another."""
-    B, T, _ = x_BTD.shape
-    of_image = T * max(model.config.hidden, 3 * model.config.width) * x_BTD.dtype.itemsize
-    at_once = max(CHUNK_BYTES // of_image, 2)
+    B, at_once = len(x_BTD), max(CHUNK_BYTES // bytes_of_image(model, x_BTD), 2)
     return next((n for n in range(-(-B // at_once), B // 2 + 1) if B % n == 0), 1)
+
+
+def bytes_of_image(model: ViT, x_BTD: Array) -> int:
+    """Of the largest activation in a block."""
+    return x_BTD.shape[1] * max(model.config.hidden, 3 * model.config.width) * x_BTD.dtype.itemsize
 
 
 def of_images(edits: Any, part: slice) -> Any:
