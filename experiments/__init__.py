@@ -16,6 +16,6 @@ def __getattr__(name: str) -> Any:
     """`embedded`, imported when it is used: it needs JAX."""
     if name != "embedded":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .models import embedded
+    from jaxvit.io import embedded
 
     return embedded

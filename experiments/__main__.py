@@ -28,11 +28,12 @@ import numpy as np
 
 import jaxvit
 from jaxvit import convert
+from jaxvit.io import embedded
 
 from .core import labelled
 from .core.experiment import About, Experiment, Table
 from .core.passes import Request
-from .models import embedded, presets, test_time
+from .models import presets, test_time
 from .models.subjects import Spec
 from .runner.dry_run import announce
 from .runner.folder import alone, present

@@ -1,7 +1,9 @@
 """The public names of `jaxvit`, each of which is also an attribute of the package."""
 
 from jaxvit.analysis import decompose, similarity
+from jaxvit.analysis.look import look
 from jaxvit.analysis.named import NamedArray
+from jaxvit.analysis.outliers import outliers
 from jaxvit.analysis.over_images import over_images
 from jaxvit.interventions import grids
 from jaxvit.interventions.constructors import (
@@ -76,8 +78,10 @@ __all__ = [
     "grids",
     "knockout",
     "load",
+    "look",
     "merge",
     "one_of",
+    "outliers",
     "over_images",
     "patch",
     "prepare",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 HELP = """Vision Transformers as JAX values: convert PyTorch checkpoints, prove them equal, run experiments on them.
 
+  jaxvit look PHOTO ..                     what a model sees in a photograph, in one picture
   jaxvit convert SOURCE DEST               a PyTorch checkpoint to a jaxvit model
   jaxvit verify DEST ORIGINAL              compare a converted model with its original, layer by layer
   jaxvit show DEST                         what a converted model is, where it comes from, how equal it is
@@ -20,6 +21,7 @@ HELP = """Vision Transformers as JAX values: convert PyTorch checkpoints, prove 
 
 For example
 
+  jaxvit look photo.jpg
   jaxvit convert facebook/dinov2-with-registers-small dinov2-small
   jaxvit run --models dinov2-small --images photographs --out report
 
@@ -38,13 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("--help", "-h", "help"):
         print(HELP, end="")
         return 0
-    if command in CONVERTER:
+    if command == "look":
+        module, extra = "jaxvit.look_command", "experiments"
+        arguments = arguments[1:]
+    elif command in CONVERTER:
         module, extra = "jaxvit.convert.__main__", "convert"
     elif command in EXPERIMENTS or re.fullmatch("A[1-9]|B[1-7]", command):
         module, extra = "jaxvit.experiments.__main__", "experiments"
     else:
         problem = f"there is no command {command!r}" if command else "a command is missing"
-        known = ", ".join((*CONVERTER, *EXPERIMENTS))
+        known = ", ".join(("look", *CONVERTER, *EXPERIMENTS))
         print(f"error: {problem}; commands are {known}, and A1 to B7: see jaxvit --help", file=sys.stderr)
         return 2
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from . import embedded
+from jaxvit.io import embedded
+
 from .subjects import Spec
 
 COCO, IMAGENET_CLASSES = 5000, 1000

