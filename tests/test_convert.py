@@ -44,7 +44,7 @@ from convert.__main__ import main
 from convert.engine import Layout, check_table, convert_tensors, copy
 from convert.originals import build_timm, build_transformers
 from convert.sources import Source
-from experiments.models.embedded import MODEL_SHA256, model_file, photographs
+from jaxvit.io.embedded import MODEL_SHA256, model_file, photographs
 from jaxvit.model.params import from_params, to_params
 
 ROOT = Path(__file__).parents[1]
