@@ -15,8 +15,9 @@ demo: .venv/demo
 
 # ARGS: more arguments of pytest, such as ARGS="-k positions". A file's tests run in one process, so that they share what
 # they compile; tests/conftest.py puts the files that take longest first.
-# Few malloc arenas: XLA's and PyTorch's threads would each keep memory of their own.
-PYTEST = MALLOC_ARENA_MAX=2 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Few malloc arenas: XLA's and PyTorch's threads would each keep memory of their own. And what is freed goes back to the
+# system: by itself glibc comes to keep pieces of up to 32 MB.
+PYTEST = MALLOC_ARENA_MAX=2 MALLOC_MMAP_THRESHOLD_=262144 MALLOC_TRIM_THRESHOLD_=262144 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: .venv/test
 	$(PYTEST) -m "not long" $(ARGS)
 

@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 # The suite tests CPU semantics; without this, JAX would grab a GPU for a handful of tiny programs.
@@ -67,14 +68,43 @@ def model(request: pytest.FixtureRequest) -> ViT:
     return random_model(FAMILIES[request.param])
 
 
+GROWTH = 0.4e9
+"""Bytes that a process may grow by before its programs are dropped."""
+
+
+def memory() -> int:
+    """Bytes that this process holds; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
+
+
+def tidy() -> None:
+    """Gives back what was freed: glibc keeps what lies in small pieces."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def release() -> Iterator[None]:
     """Frees what a module compiled, or a process grows to gigabytes: the next one needs other programs."""
     yield
     jax.clear_caches()
-    gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc keeps what was freed in small pieces
-        trim(0)
+    tidy()
+
+
+@pytest.fixture(autouse=True)
+def bounded(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The same within a module, where its programs have grown large."""
+    yield
+    if memory() - HELD.setdefault(request.module, memory()) > GROWTH:
+        jax.clear_caches()
+        tidy()
+        HELD[request.module] = memory()
+
+
+HELD: dict[object, int] = {}
+"""What the process held after the first test of a module, or when its programs were dropped."""
 
 
 # --- the order of files, each of which one process runs
