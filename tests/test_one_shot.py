@@ -29,6 +29,7 @@ from experiments.core.trace import observe
 from experiments.paper.a4_one_shot import EXPERIMENT, READINGS, draw_pairs, outputs, sample
 from experiments.runner.store import Store, run_pass
 from jaxvit import Edit, ImageError, ViT, ViTConfig
+from jaxvit.io import image_sets
 from jaxvit.model.config import Preprocess
 from jaxvit.model.params import from_params, to_params
 
@@ -571,7 +572,7 @@ def test_a_row_may_be_the_path_of_a_file(datasets, tmp_path):
     picture(np.random.default_rng(0), 3).save(tmp_path / "there.png")
     paths = [str(tmp_path / name) for name in ("there.png", "lost.png")]
     dataset = datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": datasets.Image()}))
-    there, lost = labelled.Rows(dataset, "image", range(2), "paths")
+    there, lost = image_sets.Rows(dataset, "image", range(2), "paths")
     assert there.fetch() == (tmp_path / "there.png").read_bytes()
     with pytest.raises(ImageError, match=r"empty \(0 bytes\)"):
         jaxvit.decode(lost.fetch())

@@ -21,17 +21,12 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxvit import ImageError, ViT, find_images
+from jaxvit.io.image_sets import PREFIX, dataset_name, open_dataset
 from jaxvit.model.edits import Edits
 
 from .experiment import About, Measured, Option
 from .passes import Labelled, Pass, Request, measure_all, sites_of
 from .trace import observe
-
-PREFIX = "datasets:"
-SPLITS = ("validation", "val", "valid", "train", "test")
-IMAGES = ("image", "img", "jpg", "png", "pixels", "picture")
-LABELS = ("label", "labels", "fine_label", "class", "target", "cls", "y")
-"""How columns are called that are taken where the types of a dataset's columns leave a choice, in this order."""
 
 
 def parse(spec: str) -> Labelled:
@@ -42,12 +37,7 @@ def parse(spec: str) -> Labelled:
     """
     if not spec.startswith(PREFIX):
         return labelled_folder(Path(spec).expanduser())
-    name, split = spec.removeprefix(PREFIX), ""
-    if not Path(name).expanduser().exists():
-        name, _, split = name.partition(":")  # the first colon: there may be others in train[:10%]
-    if not name:
-        raise ImageError(f"{spec} names no dataset; expected {PREFIX}NAME or {PREFIX}NAME:SPLIT")
-    return labelled_dataset(name, split or None)
+    return labelled_dataset(*dataset_name(spec))
 
 
 def labelled_folder(path: Path) -> Labelled:
@@ -81,122 +71,15 @@ def labelled_dataset(
 
     Args:
       name: of the hub, or a folder.
-      image, label: names of columns, where their types and names (`IMAGES`, `LABELS`) leave a doubt.
+      image, label: names of columns, where their types and names leave a doubt; see `jaxvit.io.image_sets`.
 
     Raises:
       ImageError: the package is missing, the dataset cannot be loaded, it has no such split or columns, or it has no
         two classes of two images.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImageError(f"{PREFIX}{name} needs the package datasets: pip install datasets") from error
-    dataset, split = _load(datasets, name, split)
-    features = dataset.features or {}
-    image = image or _column(
-        name, "image", [c for c, kind in features.items() if isinstance(kind, datasets.Image)], features, IMAGES
-    )
-    kinds = [c for c, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    plain = [c for c, kind in features.items() if c in LABELS and isinstance(kind, datasets.Value)]
-    label = label or _column(name, "label", kinds or plain, features, LABELS)
-    for column in (image, label):
-        if column not in features:
-            raise ImageError(f"{name} has no column {column!r}; it has {', '.join(features)}")
-    values = dataset.select_columns([label])[:][label]
-    if isinstance(features[label], datasets.ClassLabel):
-        classes = list(features[label].names)
-        known = {i: i for i in range(len(classes))}  # test splits mark what is secret by -1
-    else:
-        distinct = sorted({value for value in values if value is not None})
-        classes = [str(value) for value in distinct]
-        known = {value: i for i, value in enumerate(distinct)}
-    numbers = [i for i, value in enumerate(values) if value in known]
-    title = f"{PREFIX}{name}:{split}"
-    rows = Rows(dataset.select_columns([image]), image, numbers, f"{title} {dataset._fingerprint}")
-    return _checked(Labelled(rows, [known[values[i]] for i in numbers], classes, title))
-
-
-class Rows(Sequence):
-    """The images of a dataset; items are small, see `Row`.
-
-    Args:
-      numbers: of the rows that count.
-      name: tells the dataset, its split and its content.
-    """
-
-    def __init__(self, dataset: Any, column: str, numbers: Sequence[int], name: str):
-        import datasets
-
-        # Undecoded: jaxvit decodes in threads of its own, and its errors name the image.
-        self.dataset = dataset.cast_column(column, datasets.Image(decode=False))
-        self.column, self.numbers, self.name = column, numbers, name
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, at: Any) -> Any:
-        if isinstance(at, slice):
-            return [Row(self, number) for number in self.numbers[at]]
-        return Row(self, self.numbers[at])
-
-
-class Row:
-    """One image of a dataset, read when `fetch` is called; as text it is its name."""
-
-    def __init__(self, rows: Rows, number: int):
-        self.rows, self.number = rows, number
-
-    def __repr__(self) -> str:
-        return f"{self.rows.name} row {self.number}"
-
-    def fetch(self) -> bytes:
-        """The image file; empty if it is missing, which is then told like any other image that cannot be used."""
-        value = self.rows.dataset[self.number][self.rows.column] or {}
-        if value.get("bytes") or not value.get("path"):
-            return value.get("bytes") or b""
-        try:
-            return Path(value["path"]).read_bytes()
-        except OSError:
-            return b""
-
-
-def _load(datasets: Any, name: str, split: str | None) -> tuple[Any, str]:
-    """The dataset and the name of its split."""
-    folder = Path(name).expanduser()
-    saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
-    try:
-        if saved:
-            found = datasets.load_from_disk(str(folder))
-        else:
-            found = datasets.load_dataset(str(folder) if folder.exists() else name, split=split)
-    except Exception as error:  # the hub, the network, the package and the files have errors of many types
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(
-            f"the dataset {name}{f', split {split},' if split else ''} cannot be loaded: {reason}"
-        ) from error
-    if not isinstance(found, dict):
-        own = str(found.split or "all")
-        if saved and split not in (None, own):
-            raise ImageError(f"{name} holds one split, {own}, and not {split}")
-        return found, split or own
-    split = split or next((each for each in SPLITS if each in found), next(iter(found)))
-    if split not in found:
-        raise ImageError(f"{name} has no split {split}; it has {', '.join(found)}")
-    return found[split], split
-
-
-def _column(
-    name: str, what: str, candidates: Sequence[str], features: Mapping[str, Any], preferred: Sequence[str]
-) -> str:
-    if len(candidates) == 1:
-        return candidates[0]
-    if chosen := [column for column in preferred if column in candidates]:
-        return chosen[0]
-    found = f"several: {', '.join(candidates)}" if candidates else "none"
-    raise ImageError(
-        f"{name} needs one {what} column and has {found}; its columns are {', '.join(features)}. Expected a column of "
-        f"the type {'Image' if what == 'image' else 'ClassLabel'}, or several of which one is {' or '.join(preferred)}"
-    )
+    found = open_dataset(name, split, image=image, label=label, needs_labels=True)
+    start: Any = found.start
+    return _checked(Labelled(start.rows, start.labels, list(found.classes), found.title))
 
 
 def _checked(labelled: Labelled) -> Labelled:

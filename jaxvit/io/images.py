@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import islice, repeat
+from itertools import count, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -410,6 +410,7 @@ def stream(
     *,
     crop: bool = True,
     labels: Iterable[Any] | None = None,
+    names: Iterable[str] | None = None,
     workers: int | None = None,
 ) -> Iterator[Batch]:
     """Any number of images, prepared as by `prepare`, in order, in batches of one size.
@@ -427,12 +428,13 @@ def stream(
       batch_size: images in a batch; one with fewer is filled by repeating its last image, see `Batch.valid`.
       on_error: called as on_error(name, error) for an image that cannot be used, which is then left out.
       labels: one for each of the sources, for `Batch.labels`.
+      names: one for each of the sources, for `Batch.names` and for errors; by default as `Batch` says.
       workers: threads; by default one for each core, and 8 at most.
 
     Raises:
       ImageError: when the stream reaches an image that cannot be used, if there is no `on_error`.
       ValueError: if `sources` is a single image, or `batch_size` or `workers` is not positive; when the stream reaches
-        the end of the labels before that of the sources, or the other way round.
+        the end of the labels or names before that of the sources, or the other way round.
 
     Example:
 
@@ -445,43 +447,52 @@ def stream(
     for name, number in (("batch_size", batch_size), ("workers", workers)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, not {number}")
-    return _stream(_labelled(sources, labels), Sizing(config, size, crop), batch_size, on_error, workers)
+    return stream_items(_items(sources, labels, names), Sizing(config, size, crop), batch_size, on_error, workers)
 
 
-def _labelled(sources: Iterable[Source], labels: Iterable[Any] | None) -> Iterator[tuple[Source, Any]]:
-    if labels is None:
-        yield from zip(sources, repeat(None))
-        return
-    pairs = zip(sources, labels, strict=True)
-    while True:
+class Item(NamedTuple):
+    """One image among many: its name, what `prepare` takes, and its label or None."""
+
+    name: str
+    source: Source
+    label: Any
+
+
+def _items(sources: Iterable[Source], labels: Iterable[Any] | None, names: Iterable[str] | None) -> Iterator[Item]:
+    beside = {"labels": labels, "names": names}
+    given = [name for name, values in beside.items() if values is not None]
+    together = zip(sources, *(beside[name] for name in given), strict=True)
+    for index in count():
         try:
-            pair = next(pairs, None)
-        except ValueError as error:
-            raise ValueError(f"there are not as many labels as images: {error}") from error
-        if pair is None:
+            source, *values = next(together)
+        except StopIteration:
             return
-        yield pair
+        except ValueError as error:
+            raise ValueError(f"there are not as many {' and '.join(given)} as images: {error}") from error
+        known = dict(zip(given, values, strict=True))
+        yield Item(known.get("names") or _name(source, f"image {index}"), source, known.get("labels"))
 
 
-def _stream(
-    pairs: Iterable[tuple[Source, Any]],
+def stream_items(
+    items: Iterable[Item],
     sizing: Sizing,
     batch_size: int,
     on_error: Callable[[str, ImageError], None] | None,
     workers: int,
 ) -> Iterator[Batch]:
+    """`stream`, of images that come with names and labels."""
+
     def batch() -> Batch:
         valid = np.arange(batch_size) < len(ready)
         indices, names, labels, pixels = zip(*ready, *[ready[-1]] * (batch_size - len(ready)), strict=True)
-        known = None if labels[0] is None else np.stack([np.asarray(label) for label in labels])
+        known = None if all(label is None for label in labels) else np.stack([np.asarray(label) for label in labels])
         return Batch(sizing.normalise(pixels), valid, np.array(indices), labels=known, names=names)
 
-    numbered, waiting, ready = enumerate(pairs), deque(), []
+    numbered, waiting, ready = enumerate(items), deque(), []
     pool = ThreadPoolExecutor(workers, "jaxvit-images")
     try:
         while True:
-            for index, (source, label) in islice(numbered, batch_size + workers - len(waiting)):
-                name = _name(source, f"image {index}")
+            for index, (name, source, label) in islice(numbered, batch_size + workers - len(waiting)):
                 waiting.append((index, name, label, pool.submit(sizing.apply, source, name)))
             if not waiting:
                 break
