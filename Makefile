@@ -35,7 +35,7 @@ lint: .venv/test
 
 .venv/demo: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing into .venv .."
-	$(PIP) --editable '.[experiments]'
+	$(PIP) --editable '.[experiments,features]'
 	@touch $@
 
 .venv/test: .venv/bin/python pyproject.toml constraints.txt

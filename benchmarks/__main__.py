@@ -6,11 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import architectures, conversion, families, parity, sources, speed, tiles
+from benchmarks import architectures, conversion, families, features, parity, sources, speed, tiles
 
 COMMANDS = {
     "speed": ("how fast jaxvit is beside PyTorch", speed),
     "tiles": ("how long attention takes on a CPU in tiles of several sizes", tiles),
+    "features": ("how fast photographs become features on disk, in how much memory", features),
     "parity": ("how equal DINOv2 is to PyTorch's, at full depth", parity),
     "families": ("how equal every family is, from every source", families),
     "sources": ("what comes of every kind of file that users have", sources),
@@ -36,6 +37,10 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--precision", choices=speed.PRECISIONS, default="float32", help="of both sides")
     command.add_argument("--seconds", type=float, default=20.0, help="how long each set of alternatives takes turns")
     command.add_argument("--out", type=Path, default=Path("out/speed.json"), help="where the JSON goes (%(default)s)")
+    command = of["features"]
+    command.add_argument("--rows", type=int, metavar="N", help="memory over so many rows")
+    command.add_argument("--killed", type=int, metavar="N", help="a run over so many images that is killed and goes on")
+    command.add_argument("--seconds", type=float, default=60.0, help="how long the two take turns (%(default)s)")
     command = of["conversion"]
     command.add_argument("--size", choices=conversion.SIZES, default="giant", help="of the model (%(default)s)")
     command.add_argument("--place", type=Path, help="a folder on a disk with room for it, instead of the temporary one")
@@ -64,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
                 speed.main(o.full, o.keep, o.precision, o.seconds, o.out)
         case "tiles":
             tiles.main()
+        case "features":
+            features.main(o.rows, o.killed, o.seconds)
         case "parity":
             parity.main(o.write)
         case "families":

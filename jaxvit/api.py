@@ -1,10 +1,13 @@
 """The public names of `jaxvit`, each of which is also an attribute of the package."""
 
 from jaxvit.analysis import decompose, similarity
+from jaxvit.analysis.features import features
 from jaxvit.analysis.look import look
 from jaxvit.analysis.named import NamedArray
 from jaxvit.analysis.outliers import outliers
 from jaxvit.analysis.over_images import over_images
+from jaxvit.analysis.readouts import read_out
+from jaxvit.analysis.windows import Windows, read_windows
 from jaxvit.interventions import grids
 from jaxvit.interventions.constructors import (
     Registers,
@@ -30,6 +33,7 @@ from jaxvit.io.checkpoint import CheckpointError, describe, load, read_config, s
 from jaxvit.io.images import Batch, ImageError, decode, denormalize, find_images, prepare, stream
 from jaxvit.io.provenance import Provenance
 from jaxvit.io.resize import resize
+from jaxvit.io.rows import Features, FeaturesError, read_features
 from jaxvit.model.config import Preprocess, ViTConfig
 from jaxvit.model.edits import Edit, Knockout, Relocate, Shuffle, merge, one_of
 from jaxvit.model.params import cast, functional
@@ -44,6 +48,8 @@ __all__ = [
     "Batch",
     "CheckpointError",
     "Edit",
+    "Features",
+    "FeaturesError",
     "Grid",
     "ImageError",
     "Knockout",
@@ -60,6 +66,7 @@ __all__ = [
     "TokenLayout",
     "ViT",
     "ViTConfig",
+    "Windows",
     "ablate",
     "add_registers",
     "amplify",
@@ -71,6 +78,7 @@ __all__ = [
     "denormalize",
     "describe",
     "each_layer",
+    "features",
     "find_images",
     "find_register_neurons",
     "freeze_attention",
@@ -86,6 +94,9 @@ __all__ = [
     "patch",
     "prepare",
     "read_config",
+    "read_features",
+    "read_out",
+    "read_windows",
     "remove_registers",
     "replace_by_mean",
     "replace_by_noise",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 HELP = """Vision Transformers as JAX values: convert PyTorch checkpoints, prove them equal, run experiments on them.
 
   jaxvit look PHOTO ..                     what a model sees in a photograph, in one picture
+  jaxvit features MODEL IMAGES             features of many images, on disk
   jaxvit convert SOURCE DEST               a PyTorch checkpoint to a jaxvit model
   jaxvit verify DEST ORIGINAL              compare a converted model with its original, layer by layer
   jaxvit show DEST                         what a converted model is, where it comes from, how equal it is
@@ -22,6 +23,7 @@ HELP = """Vision Transformers as JAX values: convert PyTorch checkpoints, prove 
 For example
 
   jaxvit look photo.jpg
+  jaxvit features dinov2-small photographs --out features.zarr --take cls patch_mean
   jaxvit convert facebook/dinov2-with-registers-small dinov2-small
   jaxvit run --models dinov2-small --images photographs --out report
 
@@ -29,6 +31,8 @@ For example
 """
 
 # Nothing is imported before it is known what is asked for: JAX alone takes a second.
+COMMANDS = {"look": ("jaxvit.look_command", "experiments"), "features": ("jaxvit.features_command", "features")}
+"""Command -> its module, and the extra that has what it needs."""
 CONVERTER = ("convert", "verify", "show", "list", "export")
 EXPERIMENTS = ("run", "sensitivity")
 
@@ -40,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("--help", "-h", "help"):
         print(HELP, end="")
         return 0
-    if command == "look":
-        module, extra = "jaxvit.look_command", "experiments"
+    if command in COMMANDS:
+        module, extra = COMMANDS[command]
         arguments = arguments[1:]
     elif command in CONVERTER:
         module, extra = "jaxvit.convert.__main__", "convert"
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module, extra = "jaxvit.experiments.__main__", "experiments"
     else:
         problem = f"there is no command {command!r}" if command else "a command is missing"
-        known = ", ".join(("look", *CONVERTER, *EXPERIMENTS))
+        known = ", ".join((*COMMANDS, *CONVERTER, *EXPERIMENTS))
         print(f"error: {problem}; commands are {known}, and A1 to B7: see jaxvit --help", file=sys.stderr)
         return 2
     try:

@@ -94,11 +94,11 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def size_of(made: argparse.ArgumentParser, text: str | None) -> int | tuple[int, int] | None:
+def size_of(made: argparse.ArgumentParser, text: str | None, option: str = "--size") -> int | tuple[int, int] | None:
     if text is None:
         return None
     if not (match := re.fullmatch(r"(\d+)(?:x(\d+))?", text)):
-        made.error(f"--size {text}: expected pixels, such as 448, or HEIGHTxWIDTH, such as 448x672")
+        made.error(f"{option} {text}: expected pixels, such as 448, or HEIGHTxWIDTH, such as 448x672")
     height, width = match[1], match[2]
     return (int(height), int(width)) if width else int(height)
 

@@ -73,9 +73,14 @@ def test_examples_of_interventions(monkeypatch, tmp_path):
         assert picture.format == "PNG"
 
 
+def test_examples_of_features(monkeypatch, tmp_path):
+    found = run_examples(PAGES["features.md"], monkeypatch, tmp_path)["found"]
+    assert [found[name].shape for name in found] == [(136, 384), (136, 2, 8, 8, 384)]
+
+
 def test_no_page_has_examples_that_are_not_run():
     """Here, in test_docs.py, and in test_run.py."""
-    run = {"interventions.md", "which-registers.md", "experiments.md"}
+    run = {"features.md", "interventions.md", "which-registers.md", "experiments.md"}
     assert {name for name, page in PAGES.items() if "```python" in page} == run
 
 
@@ -135,7 +140,7 @@ def test_commands_exist(capsys):
     """Each command has a parser that knows its options."""
     programs = {"jaxvit": cli.main, "python -m benchmarks": import_module("benchmarks.__main__").main}
     ours = [command.split()[1] for command in COMMANDS if command.startswith("jaxvit")]
-    assert {*cli.CONVERTER, *cli.EXPERIMENTS, "A3", "look"} == set(ours) and len(ours) < len(COMMANDS)
+    assert {*cli.CONVERTER, *cli.EXPERIMENTS, "A3", "look", "features"} == set(ours) and len(ours) < len(COMMANDS)
     for command in COMMANDS:
         (program,) = [program for program in programs if command.startswith(program)]
         words = re.split(r"  +", command.removeprefix(program).strip())[0].split()

@@ -98,6 +98,12 @@ SCRIPT = """
     expected = gradient(model, images)
     with jax.set_mesh(mesh):
         assert_close(gradient(copied, spread), expected)
+    # A folder's worth of pictures.
+    pixels = list(np.random.default_rng(0).integers(0, 256, (21, 24, 24, 3), dtype=np.uint8))
+    model = random_model(FAMILIES["dinov2 with registers"])
+    words = dict(take=["cls", "patches@[0,-1]"], size=20, batch_size={devices})
+    spread = jaxvit.features(model, pixels, **words, devices=jax.devices())
+    assert_close(spread.arrays, jaxvit.features(model, pixels, **words).arrays)
     print("ran to the end")
 """
 

@@ -174,7 +174,9 @@ def save_file(arrays: Mapping[str, np.ndarray], path: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path, tensors: Mapping[str, tuple[DTypeLike, Sequence[int]]]) -> Iterator[Put]:
+def writing(
+    path: Path, tensors: Mapping[str, tuple[DTypeLike, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> Iterator[Put]:
     """Writes a safetensors file piece by piece, in any order; yields the function that does it.
 
     The header is written when the block succeeds: until then nobody takes the file for a complete one. All numbers must
@@ -182,11 +184,12 @@ def writing(path: Path, tensors: Mapping[str, tuple[DTypeLike, Sequence[int]]]) 
 
     Args:
       tensors: name -> dtype and shape.
+      metadata: texts of the header.
 
     Raises:
       ValueError: a type that safetensors files have no name for.
     """
-    header, starts = laid_out(tensors)
+    header, starts = laid_out(tensors, metadata)
     with open(path, "wb") as file:
 
         def put(name: str, start: int, values: np.ndarray) -> None:
@@ -199,12 +202,15 @@ def writing(path: Path, tensors: Mapping[str, tuple[DTypeLike, Sequence[int]]]) 
         file.write(header)
 
 
-def laid_out(tensors: Mapping[str, tuple[DTypeLike, Sequence[int]]]) -> tuple[bytes, dict[str, int]]:
+def laid_out(
+    tensors: Mapping[str, tuple[DTypeLike, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
     """How a safetensors file begins, and where each tensor starts in it, in their order. Raises as `writing`."""
     dtypes = {name: np.dtype(dtype) for name, (dtype, _) in tensors.items()}
     if foreign := sorted({dtype.name for dtype in dtypes.values() if dtype not in CODES}):
         raise ValueError(f"safetensors files hold no {', '.join(foreign)}")
-    entries, starts, end = {}, {}, 0
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts, end = {}, 0
     for name in sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name)):  # the library's order: all aligned
         shape = list(tensors[name][1])
         starts[name], end = end, end + math.prod(shape) * dtypes[name].itemsize

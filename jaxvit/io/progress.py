@@ -18,18 +18,19 @@ def track(items: Iterable[T], what: str, enabled: bool = True) -> Iterator[T]:
 
 
 @contextmanager
-def bar(what: str, total: int | None, enabled: bool = True) -> Iterator[Callable[[int], object]]:
+def bar(what: str, total: int | None, enabled: bool = True, initial: int = 0) -> Iterator[Callable[[int], object]]:
     """A bar on stderr, and the function that moves it; without tqdm a function that does nothing.
 
     Args:
-      total: steps to go, if that is known.
+      total: how many steps there are, if that is known.
+      initial: how many are done already.
     """
     try:
         from tqdm import tqdm
     except ImportError:
         yield lambda steps: None
         return
-    with tqdm(desc=what, total=total, disable=not enabled) as shown:
+    with tqdm(desc=what, total=total, initial=initial, disable=not enabled) as shown:
         yield shown.update
 
 
