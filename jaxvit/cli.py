@@ -11,6 +11,7 @@ HELP = """Vision Transformers as JAX values: convert PyTorch checkpoints, prove 
 
   jaxvit look PHOTO ..                     what a model sees in a photograph, in one picture
   jaxvit features MODEL IMAGES             features of many images, on disk
+  jaxvit evaluate MODEL                    scores of tasks, clean and under interventions
   jaxvit convert SOURCE DEST               a PyTorch checkpoint to a jaxvit model
   jaxvit verify DEST ORIGINAL              compare a converted model with its original, layer by layer
   jaxvit show DEST                         what a converted model is, where it comes from, how equal it is
@@ -32,6 +33,7 @@ For example
 
 # Nothing is imported before it is known what is asked for: JAX alone takes a second.
 COMMANDS = {"look": ("jaxvit.look_command", "experiments"), "features": ("jaxvit.features_command", "features")}
+COMMANDS |= {"evaluate": ("jaxvit.experiments.evaluate.command", "experiments")}
 """Command -> its module, and the extra that has what it needs."""
 CONVERTER = ("convert", "verify", "show", "list", "export")
 EXPERIMENTS = ("run", "sensitivity")

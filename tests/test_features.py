@@ -498,6 +498,8 @@ def test_images_and_labels_from_python(model, photographs):
     pixels = [np.full((24, 30, 3), 20 * i, np.uint8) for i in range(5)]
     found = jaxvit.features(model, iter(pixels), "cls", labels=iter("abcde"), batch_size=2)
     assert found.names == [f"image {i}" for i in range(5)] and found.labels.tolist() == list("abcde")
+    with pytest.raises(ValueError, match="only images with names can be recognised"):
+        jaxvit.features(model, pixels, out="features.npz", resume=True)
     for labels, reason in ("abc", "more images than labels"), ("abcdefg", "more labels than images"):
         with pytest.raises(ValueError, match=reason):
             jaxvit.features(model, pixels, labels=labels)

@@ -22,7 +22,6 @@ from PIL import Image
 
 import jaxvit
 from experiments.core import labelled
-from experiments.core.classify import accuracy, logistic_regression, nearest_mean, t_interval, unit
 from experiments.core.experiment import About, Found, View
 from experiments.core.passes import Labelled, Request
 from experiments.core.trace import observe
@@ -32,6 +31,8 @@ from jaxvit import Edit, ImageError, ViT, ViTConfig
 from jaxvit.io import image_sets
 from jaxvit.model.config import Preprocess
 from jaxvit.model.params import from_params, to_params
+from jaxvit.tasks.classify import accuracy, logistic_regression, nearest_mean, t_interval
+from jaxvit.tasks.directions import unit
 
 PASS = labelled.LabelledImages()
 OPTIONS = {option.name: option.default for option in EXPERIMENT.options}

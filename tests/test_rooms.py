@@ -15,12 +15,14 @@ LIBRARY = {
     "io": ("model",),
     "analysis": ("model", "io"),
     "interventions": ("model", "io", "analysis"),
+    "tasks": ("model", "io", "analysis", "interventions"),
 }
 PAPER = {
     "core": (),
     "models": ("core",),
     "paper": ("core",),
     "beyond": ("core", "models", "paper"),
+    "evaluate": ("core", "models"),
     "report": ("core", "models"),
     "runner": ("core", "models", "paper", "beyond", "report"),
 }

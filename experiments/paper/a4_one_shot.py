@@ -54,10 +54,11 @@ from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
 from jaxvit import ViT
+from jaxvit.tasks.classify import Classifier, accuracy, logistic_regression, nearest_mean, t_interval
+from jaxvit.tasks.directions import unit
 
 from ..core import charts
 from ..core.claims import FAR, Verdict, lacking, names, sides, tested
-from ..core.classify import Classifier, accuracy, logistic_regression, nearest_mean, t_interval, unit
 from ..core.experiment import SOURCES, About, Claim, Experiment, Found, Measured, Option, Results, Table, View
 from ..core.trace import Trace, cls_reading, parts
 

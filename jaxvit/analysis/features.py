@@ -113,6 +113,8 @@ def features(
         kept = Kept()
         run(model, found, kept, source, header, read, placed, on_error, progress)
         return kept.features(header | {"classes": list(found.classes)})
+    if resume and not found.identity:
+        raise ValueError("resume takes folders, paths, shards and datasets: only images with names can be recognised")
     if dtype == "bfloat16" and not os.fspath(out).lower().endswith(".safetensors"):
         raise ValueError("only safetensors files hold bfloat16: choose another --out or dtype")
     with writer_for(out)(Path(out), header, resume=resume, overwrite=overwrite, batch_size=batch_size) as writer:
@@ -240,7 +242,7 @@ def read_batch(
 def _features(
     model: ViT, images: Array, *, readouts: tuple[Readout, ...], grid: tuple[int, int], dtype: str
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    return _checked(_read(model, images, readouts=readouts, grid=grid), dtype=dtype)
+    return _checked(_read(model, images, {}, readouts=readouts, grid=grid), dtype=dtype)
 
 
 @partial(jax.jit, static_argnames="dtype")

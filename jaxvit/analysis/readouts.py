@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxvit.model.run import run_blocks
+from jaxvit.model.edits import Edits
+from jaxvit.model.run import checked_edits, run_blocks
 from jaxvit.model.sites import ATTENTION_SITES, SITES, Take, recording_plan
 from jaxvit.model.tokens import TokenLayout
 from jaxvit.model.vit import ViT
@@ -212,20 +213,24 @@ def rows(readout: Readout, prefix: int) -> str:
 
 
 def read_out(
-    model: ViT, images: Float[Array, "B H W C"], take: str | Readout | Iterable[str | Readout]
+    model: ViT,
+    images: Float[Array, "B H W C"],
+    take: str | Readout | Iterable[str | Readout],
+    edits: Edits | None = None,
 ) -> dict[str, Array]:
     """Reads named arrays off one batch. Layers behind the last one that is read do not run.
 
     Args:
       images: normalised, see `jaxvit.prepare`.
       take: texts such as "cls", "patches@-1:normed:grid", "maps=pattern@-1:cls:head=mean"; see docs/features.md.
+      edits: as for the model; what is read at an edited site is what the edit left.
 
     Returns:
       name -> [B, ..]. The axes are, as far as they are there: layers, heads, tokens (or rows and columns of patches),
       channels; at q, k, v and z heads follow tokens.
 
     Raises:
-      ValueError: what cannot be read, or is not there in this model.
+      ValueError: what cannot be read, or is not there in this model; edits that do not fit.
 
     Example:
 
@@ -234,23 +239,32 @@ def read_out(
     readouts = parsed(take)
     check_fits(readouts, model)
     grid = model.check_images(images)
-    found = _read(model, images, readouts=readouts, grid=grid)
+    changes = checked_edits(model, edits, len(images), model.config.layout(*images.shape[1:3]).tokens)
+    found = _read(model, images, changes, readouts=readouts, grid=grid)
     return {each.name: found[each.name] for each in readouts}  # programs sort the names of what they return
 
 
 @partial(jax.jit, static_argnames=("readouts", "grid"))
-def _read(model: ViT, images: Array, *, readouts: tuple[Readout, ...], grid: tuple[int, int]) -> dict[str, Array]:
-    return read_stream(model, model.embedding(images), readouts, grid)
+def _read(
+    model: ViT, images: Array, edits: Any, *, readouts: tuple[Readout, ...], grid: tuple[int, int]
+) -> dict[str, Array]:
+    return read_stream(model, model.embedding(images), readouts, grid, edits)
 
 
-def read_stream(model: ViT, stream: Array, readouts: Sequence[Readout], grid: tuple[int, int]) -> dict[str, Array]:
-    """Reads arrays off a stream [B, T, D] that enters the first block, as part of a program."""
+def read_stream(
+    model: ViT, stream: Array, readouts: Sequence[Readout], grid: tuple[int, int], edits: Any = None
+) -> dict[str, Array]:
+    """Reads arrays off a stream [B, T, D] that enters the first block, as part of a program.
+
+    Args:
+      edits: as `checked_edits` returns them.
+    """
     c, layout = model.config, TokenLayout(model.config.registers, grid, model.config.cls)
     record = record_of(readouts, model)
     to_the_end = any(not each.site for each in readouts)
     stop = c.depth if to_the_end else 1 + max(layer for each in readouts for layer in asked(each, c.depth))
     plan = recording_plan(record, c.depth, c.prefix, 0, stop)
-    ran = run_blocks(model, stream, {}, plan, grid=grid)
+    ran = run_blocks(model, stream, edits or {}, plan, grid=grid)
     found = {}
     for each in readouts:
         if not each.site:

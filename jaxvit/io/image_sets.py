@@ -39,7 +39,7 @@ class ImageSet:
 
     Attributes:
       title: where they come from.
-      identity: of another text where names, labels or their order are others.
+      identity: of another text where names, labels or their order are others; "" where that is not known.
       start: gives the images from one of these numbers on.
       length: how many, if that is known beforehand.
       classes: what the labels 0, 1 .. are called; empty where labels are what the source says, or there are none.
@@ -73,7 +73,8 @@ def open_images(place: str | os.PathLike[str], *, labelled: bool = False) -> Ima
     if path.is_dir():
         return of_folder(path, labelled)
     if labelled:
-        raise ImageError(f"{text} is no folder: only its subfolders can be classes")
+        why = "no folder: only its subfolders can be classes" if path.exists() else "not there: expected a folder"
+        raise ImageError(f"{text} is {why}")
     if tars := shards(str(path)):
         return of_shards(text, tars)
     if not path.is_file():
@@ -97,10 +98,12 @@ def of_sources(sources: Iterable[Source], labels: Iterable[Any] | None = None) -
         if beside is not None and next(beside, beside) is not beside:
             raise ValueError("there are more labels than images")
 
-    known = list(sources) if isinstance(sources, Sequence) else []
-    names = [os.fspath(each) if isinstance(each, str | os.PathLike) else type(each).__name__ for each in known]
     length = len(sources) if hasattr(sources, "__len__") else None  # pyright: ignore[reportArgumentType]
-    return ImageSet("images", digest(names), start, length)
+    identity = ""
+    if isinstance(sources, Sequence) and (labels is None or isinstance(labels, Sequence)):  # they stay as they are
+        names = [os.fspath(each) for each in sources if isinstance(each, str | os.PathLike)]
+        identity = digest(names, map(str, labels or ())) if len(names) == len(sources) else ""
+    return ImageSet("images", identity, start, length)
 
 
 def of_folder(folder: Path, labelled: bool) -> ImageSet:
