@@ -1,8 +1,8 @@
 """Parity with PyTorch, by the standard of `convert.verify`: every value both sides have, every layer, three sizes.
 
-Random weights of the full width: base, large and giant once, with registers or without, and with `make test-all` small
-too, and both. That also has small and base at full depth. `python -m benchmarks parity` compares base at full depth at
-every size. Real weights on photographs, at full depth, are further down.
+Random weights of the full width: each width once, with registers or without, and with `make test-all` both. That also
+has small and base at full depth. `python -m benchmarks parity` compares base at full depth at every size. Real weights
+on photographs, at full depth, are further down.
 """
 
 import os
@@ -41,8 +41,8 @@ CONFIGS = {
         *((size, registers, 2 if registers else 1) for size in ("base", "large", "giant") for registers in (0, 4)),
     )
 }
-ONCE = ("base-registers of 182px", "large of 182px", "giant-registers of 182px")
-"""Every width but that of the real weights, which are compared further down; both MLPs, each rule of resampling."""
+ONCE = ("small", "base-registers of 182px", "large of 182px", "giant-registers of 182px")
+"""Every width, both MLPs, each rule of resampling, with registers and without. Wider ones take gigabytes at 518 px."""
 CONFIGS |= {name: replace(CONFIGS[name.split(" ")[0]], grid=(13, 13)) for name in ONCE if "182" in name}
 CONFIGS["giant-registers of 182px"] = replace(CONFIGS["giant-registers of 182px"], depth=1)
 SITES_BOTH_HAVE = {"resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid"} | {

@@ -47,7 +47,7 @@ def edits():
 
 
 def some():
-    return {site: edit for site, edit in edits().items() if site in ("scores", "mlp_post")}
+    return {site: edit for site, edit in edits().items() if site in ("q", "scores", "mlp_post")}
 
 
 def sums(trace):
@@ -103,7 +103,7 @@ PIECES = run.pieces_on_cpu
 def test_pieces_and_chunks_are_the_whole(name, model, images, forms):
     forms(0)
     expected = RUNS[name](model, images)
-    for pieces, chunk_bytes, rows in ((4, 2**24, 5), (2, 1, 7)):
+    for pieces, chunk_bytes, rows in ((4, 2**24, 192), (1, 2**24, 5), (2, 1, 7)):
         forms(pieces, chunk_bytes, rows)
         found = RUNS[name](model, images)
         assert jax.tree.structure(found) == jax.tree.structure(expected)
