@@ -71,6 +71,8 @@ def test_a_probe_chooses_its_penalty_on_what_it_has_not_seen():
     assert found.held_out[found.l2] == max(found.held_out.values())
     whole = linear_model.LogisticRegression(C=1 / found.l2, tol=1e-10, max_iter=5000).fit(features, labels)
     np.testing.assert_allclose(found.classifier.weights.T, whole.coef_, atol=1e-3)
+    with pytest.warns(UserWarning, match="has not converged after 1 steps"):
+        classify.logistic_regression(features, labels, 4, iterations=1).trusted(1)
     with pytest.raises(ValueError, match="no class has five images"):
         classify.linear_probe(features[:12], labels[:12], 4)
 

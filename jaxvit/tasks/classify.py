@@ -8,6 +8,7 @@ Axes: n images, D features, C classes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -46,6 +47,13 @@ class Fit(NamedTuple):
     gradient: float
     steps: int
 
+    def trusted(self, iterations: int) -> Classifier:
+        """The classifier; warns if all its `iterations` were not enough."""
+        if self.steps >= iterations:
+            told = f"{self.steps} steps, at {self.gradient:.0e} of its first gradient"
+            warnings.warn(f"a logistic regression has not converged after {told}", stacklevel=3)
+        return self.classifier
+
 
 def logistic_regression(
     features: Float[np.ndarray, "n D"],
@@ -71,7 +79,11 @@ def logistic_regression(
     told = jnp.asarray(labels, jnp.int32) if labels.ndim == 1 else jnp.asarray(labels.astype(np.float64))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # for optax's own arithmetic
         found = _fit(jnp.asarray(features), told, l2, tolerance, iterations=iterations, classes=classes)
-    weights, bias, gradient, steps = jax.device_get(found)
+    return fit_of(*jax.device_get(found))
+
+
+def fit_of(weights: Any, bias: Any, gradient: Any, steps: Any) -> Fit:
+    """What `_fit` found, on the host."""
     classifier = Classifier(np.asarray(weights, np.float64), np.asarray(bias, np.float64))
     return Fit(classifier, float(gradient), int(steps))
 
@@ -100,7 +112,8 @@ def _fit(
 
     def go_on(carry: tuple) -> Array:
         _, _, gradient, steps = carry
-        return (steps < iterations) & (gradient > tolerance)
+        # Below eps a gradient is made of rounding errors, as where features tell no classes apart.
+        return (steps < iterations) & (gradient > tolerance) & (gradient * first > jnp.finfo(features.dtype).eps)
 
     def step(carry: tuple) -> tuple:
         parameters, state, _, steps = carry
@@ -172,7 +185,9 @@ class Probe(NamedTuple):
     held_out: dict[float, float]
 
 
-PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+ITERATIONS = 3000
+"""Of the fits of a linear probe, at most."""
+PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 def linear_probe(
@@ -196,17 +211,16 @@ def linear_probe(
     features = np.asarray(features, np.float64)
     every = jnp.asarray(penalties, jnp.asarray(features).dtype)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        fit = partial(_fit, iterations=500, classes=classes)
-        one = jax.vmap(
-            lambda l2: fit(jnp.asarray(features[~held]), jnp.asarray(labels[~held], jnp.int32), l2, 1e-4)[:2]
-        )
-        weights, biases = jax.device_get(one(every))
+        fit = partial(_fit, iterations=ITERATIONS, classes=classes)
+        one = jax.vmap(lambda l2: fit(jnp.asarray(features[~held]), jnp.asarray(labels[~held], jnp.int32), l2, 1e-4))
+        fits = [fit_of(*each) for each in zip(*jax.device_get(one(every)), strict=True)]
     found = {
-        float(l2): accuracy(Classifier(w, b).scores(features[held]), labels[held], 1)
-        for l2, w, b in zip(penalties, weights, biases, strict=True)
+        float(l2): accuracy(fit.trusted(ITERATIONS).scores(features[held]), labels[held], 1)
+        for l2, fit in zip(penalties, fits, strict=True)
     }
     best = max(found, key=lambda l2: (found[l2], l2))
-    return Probe(logistic_regression(features, labels, classes, l2=best).classifier, best, found)
+    whole = logistic_regression(features, labels, classes, l2=best, iterations=ITERATIONS)
+    return Probe(whole.trusted(ITERATIONS), best, found)
 
 
 def held_out(labels: Int[np.ndarray, " n"], seed: int) -> Bool[np.ndarray, " n"]:

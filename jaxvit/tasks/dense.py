@@ -5,7 +5,6 @@ Axes: n images, rows and columns of patches, D features, C classes, H and W pixe
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 
 import jax
@@ -54,11 +53,7 @@ def fit_segmentation(
     """
     parts = parts_of_patches(masks, patches.shape[1:3], classes).reshape(-1, classes)
     flat, known = patches.reshape(-1, patches.shape[-1]), parts.sum(axis=1) > 0
-    fit = logistic_regression(flat[known], parts[known], classes, l2=l2, iterations=iterations)
-    if fit.steps >= iterations:
-        told = f"{fit.steps} steps, at {fit.gradient:.0e} of its first gradient"
-        warnings.warn(f"the fit of the segmentation has not converged after {told}", stacklevel=2)
-    return fit.classifier
+    return logistic_regression(flat[known], parts[known], classes, l2=l2, iterations=iterations).trusted(iterations)
 
 
 def segment(
