@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, random_images, random_model
+from conftest import FAMILIES, TINY, random_images, random_model
 from PIL import Image
 
 import jaxvit
@@ -27,9 +27,8 @@ from jaxvit.io import image_sets
 from jaxvit.io.checkpoint import CheckpointError
 from jaxvit.io.images import ImageError
 
-SMALL = dict(depth=3, width=32, heads=4, hidden=48, patch=4, grid=(5, 5))
 PREPARED = jaxvit.Preprocess(22, 20)
-CONFIG = ViTConfig(**SMALL, registers=2, preprocess=PREPARED)
+CONFIG = ViTConfig(**TINY, registers=2, preprocess=PREPARED)
 FORMATS = (".zarr", ".npz", ".safetensors", ".parquet")
 
 
@@ -99,8 +98,8 @@ def test_what_cannot_be_read_says_why(text):
 
 def test_what_a_model_lacks(model):
     images = random_images(0, 1, 20)
-    plain = random_model(ViTConfig(**SMALL, cls=False, registers=0, pool="mean"))
-    pooled = random_model(ViTConfig(**SMALL, final_norm="pooled", pool="mean"))
+    plain = random_model(ViTConfig(**TINY, cls=False, registers=0, pool="mean"))
+    pooled = random_model(ViTConfig(**TINY, final_norm="pooled", pool="mean"))
     for of, take, expected in (
         (model, "logits", "no classifier"),
         (model, "projection", "no projection"),
@@ -352,8 +351,24 @@ def test_what_is_there_is_not_lost(model, photographs, tmp_path):
     found = jaxvit.features(model, photographs, "patch_mean", out=out, overwrite=True, **words)
     assert list(found) == ["patch_mean"]
     (tmp_path / "mine.zarr").mkdir()
+    (tmp_path / "mine.zarr" / "work").write_text("of years")
     with pytest.raises(FeaturesError, match="no file of jaxvit features"):
         jaxvit.read_features(tmp_path / "mine.zarr")
+    with pytest.raises(FeaturesError, match="no file of jaxvit features"):
+        jaxvit.features(model, photographs, out=tmp_path / "mine.zarr", overwrite=True, **words)
+    assert (tmp_path / "mine.zarr" / "work").read_text() == "of years"
+    out.write_bytes(out.read_bytes()[:200])
+    with pytest.raises(FeaturesError, match="or is damaged"):
+        jaxvit.read_features(out)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_arrays_stay_on_disk_until_they_are_indexed(suffix, model, photographs, tmp_path):
+    paths = [photographs / name for name in NAMES]
+    jaxvit.features(model, paths, TAKE, out=tmp_path / f"f{suffix}")
+    for array in jaxvit.read_features(tmp_path / f"f{suffix}").values():
+        assert not isinstance(array, np.ndarray) or isinstance(array, np.memmap)
+        assert np.asarray(array).shape == array.shape and array[2:4].dtype == array.dtype == np.float32
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks of folders are those of POSIX")
@@ -383,6 +398,8 @@ def test_types(model, photographs, tmp_path):
         jaxvit.features(model, paths, dtype="bfloat16", out=tmp_path / "x.npz")
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         jaxvit.features(model, paths, dtype="int8")
+    with pytest.raises(ValueError, match="JAX has disabled float64"):
+        jaxvit.features(model, paths, dtype="float64")
     with pytest.raises(FeaturesError, match=r"ends in none of .zarr, .npz"):
         jaxvit.features(model, paths, out=tmp_path / "x.h5")
     with pytest.raises(ValueError, match="may be called names"):
@@ -525,7 +542,7 @@ def test_one_window_is_the_whole(model, positions):
 @pytest.mark.parametrize("overlap", [0, 0.5, 0.8])
 def test_windows_equal_the_whole_where_patches_exchange_nothing(overlap):
     """One block whose attention adds nothing; with attention they differ."""
-    model = random_model(ViTConfig(**{**SMALL, "depth": 1}, registers=1))
+    model = random_model(ViTConfig(**{**TINY, "depth": 1}, registers=1))
     images = random_images(7, 2, 44, 28)
     windows = Windows((16, 20), overlap, "whole")
     assert not np.allclose(*(each["patches"] for each in both(model, images, windows)), atol=1e-3)
@@ -601,6 +618,9 @@ def test_the_command(model, photographs, tmp_path, capsys, monkeypatch):
         assert main([*words, *more]) == 1
         assert reason in (err := capsys.readouterr().err) and err.startswith("error: ") and err.count("\n") == 1
     assert main(["features", "model", "gone"]) == 1 and "gone is not there" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*words, "--out", "file/features.npz"]) == 1
+    assert (err := capsys.readouterr().err).startswith("error: Not a directory: ") and "--resume" not in err
     more = ["--window", "12x16", "--overlap", "0.25", "--take", "patches", "--size", "24", "--out", "dense.npz"]
     assert main([*words, *more]) == 0 and jaxvit.read_features("dense.npz")["patches"].shape == (9, 36, 32)
 

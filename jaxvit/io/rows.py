@@ -93,12 +93,14 @@ class Writer(ABC):
         self.left_out: list[list[str]] = []
         self.shapes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
         self.stack = ExitStack()
-        if place.exists() and not overwrite:
-            if not resume:
+        if place.exists():
+            there = read_features(place).header  # what is no file of features is never replaced
+            if not (overwrite or resume):
                 raise FeaturesError(f"{place} exists: choose another --out, or give --overwrite (overwrite=True)")
-            self.compare(read_features(place).header, place)
-            self.complete = True
-            return
+            if not overwrite:
+                self.compare(there, place)
+                self.complete = True
+                return
         if self.partial.exists() and not (resume or overwrite):
             raise FeaturesError(
                 f"{self.partial} holds a run that was interrupted: --resume goes on with it (resume=True), --overwrite "
@@ -149,12 +151,7 @@ class Writer(ABC):
         if not self.shapes:
             self.shapes = {name: (a.dtype, a.shape[1:]) for name, a in arrays.items()}
             self.create()
-        for name, a in arrays.items():
-            if a.shape[1:] != self.shapes[name][1]:
-                raise FeaturesError(
-                    f"{names[0]} gives {name} of {list(a.shape[1:])}, and the images before it "
-                    f"{list(self.shapes[name][1])}: give one --size (size=), or read means and [CLS] alone"
-                )
+        check_shapes(arrays, {name: shape for name, (_, shape) in self.shapes.items()}, names[0])
         self.append(arrays)
         with open(self.partial / "images.jsonl", "ab") as file:
             for name, label in zip(names, labels, strict=True):
@@ -216,6 +213,16 @@ class Writer(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Closes files; there may be none."""
+
+
+def check_shapes(arrays: Mapping[str, np.ndarray], before: Mapping[str, tuple[int, ...]], image: str) -> None:
+    """Raises a FeaturesError for rows of another shape than those before them; the first is of this image."""
+    for name, a in arrays.items():
+        if name in before and a.shape[1:] != before[name]:
+            raise FeaturesError(
+                f"{image} gives {name} of {list(a.shape[1:])}, and the images before it {list(before[name])}: give one "
+                "size= (--size), or read means and [CLS] alone"
+            )
 
 
 def labels_of(labels: Sequence[Any]) -> np.ndarray | None:
@@ -463,7 +470,7 @@ def axes_in(header: Mapping[str, Any]) -> dict[str, list[str]]:
 def read_features(place: str | os.PathLike[str]) -> Features:
     """Features that `jaxvit features` wrote.
 
-    Arrays of a Zarr group are read from disk when they are indexed, the others at once.
+    Arrays stay on disk until they are indexed; of a Parquet file, a whole column then comes at once.
 
     Args:
       place: a file that ends in .zarr, .npz, .safetensors or .parquet.
@@ -502,10 +509,21 @@ def read_zarr(path: Path) -> Features:
 
 
 def read_npz(path: Path) -> Features:
-    with np.load(path) as file:
+    with open(path, "rb") as opened, np.load(opened) as file:
         header = json.loads(str(file[HEADER]))
-        labels = file.get(LABELS)
-        return Features({name: file[name] for name in header["arrays"]}, file[NAMES].tolist(), labels, header)
+        labels, names = file.get(LABELS), file[NAMES].tolist()
+    return Features({name: mapped_npz(path, name) for name in header["arrays"]}, names, labels, header)
+
+
+def mapped_npz(path: Path, name: str) -> np.ndarray:
+    """An array of an uncompressed archive, on disk."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        member = archive.getinfo(f"{name}.npy")
+        file.seek(member.header_offset + 26)  # where the lengths of the name and of what is extra stand
+        file.seek(sum(int.from_bytes(file.read(2), "little") for _ in range(2)), os.SEEK_CUR)
+        npy.read_magic(file)
+        shape, _, dtype = npy.read_array_header_1_0(file)
+        return np.memmap(path, dtype, "r", file.tell(), shape)
 
 
 def read_safetensors(path: Path) -> Features:
@@ -513,24 +531,52 @@ def read_safetensors(path: Path) -> Features:
 
     with safe_open(path, framework="numpy") as file:
         texts = {name: json.loads(text) for name, text in file.metadata().items()}
-    arrays = SafetensorsFile(path)
-    labels = np.array(texts[LABELS]) if LABELS in texts else arrays.get(LABELS)
-    return Features({n: arrays[n] for n in texts[HEADER]["arrays"]}, texts[NAMES], labels, texts[HEADER])
+    held = SafetensorsFile(path)
+    arrays = {
+        name: np.memmap(
+            path, held.dtype(name), "r", held.data + held.entries[name]["data_offsets"][0], held.shape(name)
+        )
+        for name in texts[HEADER]["arrays"]
+    }
+    labels = np.array(texts[LABELS]) if LABELS in texts else held.get(LABELS)
+    return Features(arrays, texts[NAMES], labels, texts[HEADER])
+
+
+class Column:
+    """An array in a Parquet file, read when it is used."""
+
+    def __init__(self, path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...]):
+        self.path, self.name, self.dtype, self.shape = path, name, dtype, shape
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        import pyarrow.parquet as pq
+
+        column = pq.read_table(self.path, columns=[self.name]).column(0).combine_chunks()
+        return (
+            column.flatten().to_numpy(zero_copy_only=False).reshape(self.shape).astype(dtype or self.dtype, copy=False)
+        )
+
+    def __getitem__(self, rows: Any) -> Any:
+        return np.asarray(self)[rows]
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
 
 def read_parquet(path: Path) -> Features:
     needed("pyarrow")
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path)
-    about = {name.decode(): json.loads(text) for name, text in table.schema.metadata.items() if name != b"ARROW:schema"}
-    header, arrays = about[HEADER], {}
-    for name in header["arrays"]:
-        column = table.column(name).combine_chunks()
-        flat = column.flatten().to_numpy(zero_copy_only=False)
-        arrays[name] = flat.reshape(len(table), *about["shapes"][name])
-    labels = np.array(table.column(LABELS).to_pylist()) if LABELS in table.column_names else None
-    return Features(arrays, table.column(NAMES).to_pylist(), labels, header)
+    file = pq.ParquetFile(path)
+    schema, n = file.schema_arrow, file.metadata.num_rows
+    header, shapes = (json.loads(schema.metadata[name.encode()]) for name in (HEADER, "shapes"))
+    arrays = {
+        name: Column(path, name, np.dtype(schema.field(name).type.value_type.to_pandas_dtype()), (n, *shapes[name]))
+        for name in header["arrays"]
+    }
+    beside = file.read([name for name in (NAMES, LABELS) if name in schema.names])
+    labels = np.array(beside.column(LABELS).to_pylist()) if LABELS in schema.names else None
+    return Features(arrays, beside.column(NAMES).to_pylist(), labels, header)
 
 
 READERS = {".zarr": read_zarr, ".npz": read_npz, ".safetensors": read_safetensors, ".parquet": read_parquet}
