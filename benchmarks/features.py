@@ -36,8 +36,9 @@ import jaxvit
 from benchmarks.originals import random_original
 from benchmarks.speed import device_name
 from benchmarks.timing import take_turns
-from jaxvit import Preprocess, ViT, ViTConfig
-from jaxvit.model.params import abstract, from_params, to_params
+from experiments.models.subjects import random_weights
+from jaxvit import Preprocess, ViTConfig
+from jaxvit.model.params import from_params, to_params
 
 IMAGES, BATCH = 256, 32
 TOY = ViTConfig(depth=1, width=16, heads=2, hidden=16, patch=16, grid=(2, 2), preprocess=Preprocess(32, 32))
@@ -128,14 +129,6 @@ def pipeline(folder: Path, seconds: float) -> None:
 # A million rows -------------------------------------------------------------------------------------------------------
 
 
-def toy() -> ViT:
-    rng = np.random.default_rng(0)
-    shapes = to_params(abstract(TOY))
-    return from_params(
-        TOY, {name: 0.2 * rng.normal(size=leaf.shape).astype("float32") for name, leaf in shapes.items()}
-    )
-
-
 def many_rows(n: int, folder: Path) -> None:
     """Pictures of one colour, made as they are asked for."""
     peaks: dict[int, float] = {}
@@ -147,7 +140,7 @@ def many_rows(n: int, folder: Path) -> None:
             yield np.full((32, 32, 3), i % 256, np.uint8)
 
     start = time.perf_counter()
-    jaxvit.features(toy(), pictures(), "cls", out=folder / "cls.zarr", batch_size=1024)
+    jaxvit.features(random_weights(TOY), pictures(), "cls", out=folder / "cls.zarr", batch_size=1024)
     took = time.perf_counter() - start
     found = jaxvit.read_features(folder / "cls.zarr")
     assert found["cls"].shape == (n, TOY.width) and found.names[-1] == f"image {n - 1}"
@@ -165,7 +158,7 @@ def kills(n: int, folder: Path) -> None:
     jpegs(folder / "images", min(n, 200), (48, 64))
     for i in range(200, n):
         (folder / "images" / f"{i:05}.jpg").symlink_to(folder / "images" / f"{i % 200:05}.jpg")
-    jaxvit.save(toy(), folder / "toy")
+    jaxvit.save(random_weights(TOY), folder / "toy")
     words = ["features", folder / "toy", folder / "images", "--take", "cls", "tokens@all", "--batch-size", "16"]
     command = [sys.executable, "-m", "jaxvit", *map(str, words), "--out"]
     subprocess.run([*command, str(folder / "whole.zarr")], check=True, stdout=subprocess.DEVNULL)

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 import jaxvit
 from jaxvit import Provenance
 from jaxvit.io.checkpoint import FormatError, check_place, checksum, saving, writing
+from jaxvit.io.provenance import versions
 from jaxvit.model.config import Resampling
 from jaxvit.model.params import abstract, from_params, to_params
 
@@ -37,7 +38,7 @@ from .engine import (
     unused,
 )
 from .meta import field_of
-from .sources import Branch, Source, open_source, versions
+from .sources import Branch, Source, open_source
 
 __all__ = ["ConversionError", "Options", "Reading", "convert", "convert_to_folder", "load", "load_described"]
 

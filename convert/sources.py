@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from jaxvit import CheckpointError
 from jaxvit.io.checkpoint import SafetensorsFile, sha256
+from jaxvit.io.provenance import versions
 
 from .clip import OPENAI
 from .engine import WRAPPED, ConversionError, Renamed, Tensors, tensor_shape
@@ -190,18 +190,6 @@ def _open(source: Any, revision: str | None, branch: Branch | None) -> Source:
     raise ConversionError(
         f"cannot convert a {type(source).__name__}: expected a path, a hub id, a module, a state dict"
     )
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """The versions of installed packages, for a provenance."""
-
-    def of(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
-    return {package: of(package) for package in packages}
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .look_command import size_of
+from .look_command import DEMO, errors, opened_model, size_of
 
 TEXT = """Features of many images, on disk: any token, layer, head or site of a model, one row for each image.
 
@@ -26,8 +26,6 @@ What is taken is written WHAT[@LAYERS][:HOW], or NAME=WHAT..
 IMAGES is a folder, a list of paths (.txt), tar shards as of WebDataset, or datasets:NAME[:SPLIT]. The file ends in
 .zarr, .npz, .safetensors or .parquet; jaxvit.read_features reads each. An image that cannot be used is named, left out
 and counted: names always stand beside their rows."""
-
-DEMO = "demo"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,19 +71,14 @@ def main(arguments: Sequence[str]) -> int:
     import jax
 
     import jaxvit
-    from jaxvit import convert
     from jaxvit.analysis.readouts import parsed
     from jaxvit.convert.__main__ import reading_of
-    from jaxvit.io import embedded
     from jaxvit.io.image_sets import open_images
-    from jaxvit.io.rows import FeaturesError, writer_for
+    from jaxvit.io.rows import writer_for
 
     reading = reading_of(made, options)
-    expected = (convert.ConversionError, jaxvit.CheckpointError, jaxvit.ImageError, FeaturesError, embedded.DataError)
-    left_out: list[str] = []
 
     def name_it(name: str, error: jaxvit.ImageError) -> None:
-        left_out.append(name)
         print(f"left out: {error}", file=sys.stderr)
 
     try:
@@ -93,13 +86,7 @@ def main(arguments: Sequence[str]) -> int:
         parsed(options.take)
         writer_for(options.out)  # before anything is loaded
         images = open_images(options.images, labelled=options.labelled)
-        source = options.model
-        if source == DEMO and not Path(source).exists():
-            print(f"model: {embedded.MODEL_NAME}")
-            source = embedded.model_file()
-        model, provenance = convert.load_described(source, dtype=options.compute or "float32", **reading)
-        for line in provenance.assumptions:
-            print(f"assumed: {line}")
+        model, provenance = opened_model(options.model, reading, options.compute or "float32")
         found = jaxvit.features(
             model,
             images,
@@ -118,12 +105,13 @@ def main(arguments: Sequence[str]) -> int:
             progress=sys.stderr.isatty(),
             provenance=provenance,
         )
-    except (*expected, ValueError) as error:
+    except errors() as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        partial = f"{options.out}.partial"
-        print(f"error: {error.strerror or error}: what is done is kept in {partial}, --resume goes on", file=sys.stderr)
+        partial = Path(f"{options.out}.partial")
+        kept = f": what is done is kept in {partial}, --resume goes on" if partial.is_dir() else f": {error.filename}"
+        print(f"error: {error.strerror or error}{kept}", file=sys.stderr)
         return 1
     for name, array in found.items():
         print(f"{name}: {array.dtype}{list(array.shape)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxvit import ViT
+    from jaxvit import Provenance, ViT
     from jaxvit.convert import Reading
 
 TEXT = """What models see in photographs, in one picture: the norms of patches and which of them stand apart, the
@@ -65,15 +65,12 @@ def main(arguments: Sequence[str]) -> int:
     size = size_of(made, options.size)
 
     import jaxvit
-    from jaxvit import convert
     from jaxvit.analysis.look_figure import SUFFIXES
     from jaxvit.convert.__main__ import reading_of
-    from jaxvit.io import embedded
 
     reading = reading_of(made, options)
     if options.out.suffix.lower() not in SUFFIXES:
         made.error(f"--out {options.out} ends in none of {', '.join(SUFFIXES)}")
-    expected = (convert.ConversionError, jaxvit.CheckpointError, jaxvit.ImageError, embedded.DataError)
     try:
         photographs = found(options.photographs)
         models = named_models(options.model, reading)
@@ -86,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
             foreground=options.foreground,
         )
         seen.save(options.out, options.heads)
-    except (*expected, ValueError, OSError) as error:
+    except (*errors(), OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(seen)
@@ -119,23 +116,54 @@ def found(places: Sequence[str]) -> list[Path]:
     return photographs
 
 
-def named_models(sources: Sequence[str] | None, reading: Reading) -> dict[str, ViT]:
-    """Name -> model. Which model it is, and what was assumed of it, is printed."""
+DEMO = "demo"
+"""What stands for the embedded model, where a command asks for one."""
+
+
+def is_demo(source: str) -> bool:
+    return source == DEMO and not Path(source).exists()
+
+
+def opened_model(source: str, reading: Reading, dtype: str = "float32") -> tuple[ViT, Provenance]:
+    """A model by what a user typed, and where it comes from. Which it is, and what was assumed of it, is printed.
+
+    Raises:
+      ConversionError, CheckpointError, DataError: see `errors`.
+    """
     from jaxvit import convert
     from jaxvit.io import embedded
 
+    if is_demo(source):
+        print(f"model: {embedded.MODEL_NAME}")
+        model, provenance = convert.load_described(embedded.model_file(), dtype=dtype)
+    else:
+        print(f"model: {source}")
+        model, provenance = convert.load_described(source, dtype=dtype, **reading)
+    for line in provenance.assumptions:
+        print(f"assumed: {line}")
+    return model, provenance
+
+
+def errors() -> tuple[type[Exception], ...]:
+    """What a user of a command on models and images can cause; the message is for them."""
+    import jaxvit
+    from jaxvit import convert
+    from jaxvit.io import embedded
+
+    return (
+        *(convert.ConversionError, jaxvit.CheckpointError, jaxvit.ImageError, jaxvit.FeaturesError),
+        *(embedded.DataError, ValueError),
+    )
+
+
+def named_models(sources: Sequence[str] | None, reading: Reading) -> dict[str, ViT]:
+    """Name -> model. Which model it is, and what was assumed of it, is printed."""
+    from jaxvit.io import embedded
+
     models: dict[str, ViT] = {}
-    for source in sources or [None]:
-        if source is None:
-            print(f"model: {embedded.MODEL_NAME}")
-            model, provenance = convert.load_described(embedded.model_file())
-            name = embedded.SHORT_NAME
-        else:
-            print(f"model: {source}")
-            model, provenance = convert.load_described(source, **reading)
-            name = Path(source).name
-        for line in provenance.assumptions:
-            print(f"assumed: {line}")
+    for source in sources or [DEMO]:
+        model = opened_model(source, reading)[0]
+        name = embedded.SHORT_NAME if is_demo(source) else Path(source).name
         while name in models:
             name += "'"
         models[name] = model

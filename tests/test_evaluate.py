@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_images, random_model
+from conftest import TINY, random_images, random_model
 from PIL import Image
 
 import jaxvit
@@ -16,8 +16,7 @@ from jaxvit import ActivationStats, Take, ViTConfig
 from jaxvit.cli import main
 from jaxvit.io.images import ImageError
 
-SMALL = dict(depth=3, width=32, heads=4, hidden=48, patch=4, grid=(5, 5))
-CONFIG = ViTConfig(**SMALL, registers=2, preprocess=jaxvit.Preprocess(22, 20))
+CONFIG = ViTConfig(**TINY, registers=2, preprocess=jaxvit.Preprocess(22, 20))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +127,7 @@ def test_what_cannot_be_done_says_why(text, reason):
 
 def test_what_a_model_does_not_have_is_told_before_anything_runs(model):
     images = random_images(0, 2, 20)
-    plain = random_model(ViTConfig(**SMALL, registers=0))
+    plain = random_model(ViTConfig(**TINY, registers=0))
     for of, text in (
         (plain, "registers=zero"),
         (model, "heads=3.0"),
@@ -187,7 +186,7 @@ def test_chance_is_what_remains_of_nothing(model):
 def test_every_task_runs_on_scenes(photographs, tmp_path, capsys, monkeypatch):
     """By the command; refitted scores where something is fitted, one score elsewhere."""
     monkeypatch.chdir(tmp_path)
-    config = ViTConfig(**{**SMALL, "patch": 16, "grid": (14, 14)}, registers=1, preprocess=jaxvit.Preprocess(224, 224))
+    config = ViTConfig(**{**TINY, "patch": 32, "grid": (7, 7)}, registers=1, preprocess=jaxvit.Preprocess(224, 224))
     jaxvit.save(random_model(config), "model")
     words = ["evaluate", "model", "--train", "60", "--test", "20", "--photographs", str(photographs)]
     assert main([*words, "--under", "registers=mean", "cls=shuffle@last"]) == 0
@@ -206,6 +205,8 @@ def test_every_task_runs_on_scenes(photographs, tmp_path, capsys, monkeypatch):
         (["--under", "registers=zero@9"], "--under registers=zero@9: "),
         (["--under", "cls=zero", "cls=zero"], "one intervention twice"),
         (["--train", "15"], "multiple of 10"),
+        (["--train", "10", "--tasks", "knn"], "knn needs 20 images to learn from, not 10"),
+        (["--out", "nowhere/evaluate.json"], "in a folder that is there"),
         (["--labelled", str(photographs)], "lies in no subfolder"),
     ):
         assert main([*words, *more]) == 1
@@ -216,7 +217,7 @@ def test_folders_of_classes(model, photographs, tmp_path, capsys):
     pixels = np.random.default_rng(0)
     for label, name in enumerate("ab"):
         (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(10):
+        for i in range(24):
             colour = np.clip(160 * label + pixels.integers(0, 9, (24, 24, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(colour).save(tmp_path / "images" / name / f"{i}.png")
     jaxvit.save(model, tmp_path / "model")
@@ -230,13 +231,19 @@ def test_folders_of_classes(model, photographs, tmp_path, capsys):
     ]
     assert main([*words, "--tasks", "knn", "probe", "--test-part", "0.5"]) == 0
     found = json.loads((tmp_path / "e.json").read_text())
-    assert found["data"] == {"from": str(tmp_path / "images"), "train": 10, "test": 10}
+    assert found["data"] == {"from": str(tmp_path / "images"), "train": 24, "test": 24}
     assert [task["clean"]["value"] for task in found["tasks"].values()] == [1, 1]
     assert main([*words, "--tasks", "segmentation"]) == 1
     assert "segmentation needs the masks of generated scenes" in capsys.readouterr().err
     answers = data.labelled(str(tmp_path / "images"), 0.4, 0)
-    learn, test = (range(answers.train), range(answers.train, 20))
-    assert not {str(answers.source(i)) for i in learn} & {str(answers.source(i)) for i in test} and answers.train == 12
+    learn, test = (range(answers.train), range(answers.train, 48))
+    assert not {str(answers.source(i)) for i in learn} & {str(answers.source(i)) for i in test} and answers.train == 28
+    for part in (0.0, 1.0):
+        with pytest.raises(ValueError, match="expected more than 0 and less than 1"):
+            data.labelled(str(tmp_path / "images"), part, 0)
+    (tmp_path / "images" / "c").mkdir()
+    (tmp_path / "images" / "a" / "0.png").rename(tmp_path / "images" / "c" / "0.png")
+    assert data.labelled(str(tmp_path / "images"), 0.4, 0).name.endswith("without 1 that are alone in their class")
     (tmp_path / "images" / "b").rename(tmp_path / "b")
     with pytest.raises(ValueError, match="no two classes of two images"):
         data.labelled(str(tmp_path / "images"), 0.4, 0)
@@ -245,7 +252,7 @@ def test_folders_of_classes(model, photographs, tmp_path, capsys):
 
 
 def test_a_model_without_a_class_token_has_dense_tasks_alone(photographs):
-    plain = random_model(ViTConfig(**SMALL, cls=False, registers=0, pool="mean"))
+    plain = random_model(ViTConfig(**TINY, cls=False, registers=0, pool="mean"))
     answers = data.generated(10, 10, photographs)
     assert study.possible(answers, plain, None) == ["segmentation", "correspondence", "discovery"]
     with pytest.raises(ValueError, match="knn needs a class token"):

@@ -140,9 +140,7 @@ def test_commands_exist(capsys):
     """Each command has a parser that knows its options."""
     programs = {"jaxvit": cli.main, "python -m benchmarks": import_module("benchmarks.__main__").main}
     ours = [command.split()[1] for command in COMMANDS if command.startswith("jaxvit")]
-    assert {*cli.CONVERTER, *cli.EXPERIMENTS, "A3", "look", "features", "evaluate"} == set(ours) and len(ours) < len(
-        COMMANDS
-    )
+    assert {*cli.COMMANDS, *cli.CONVERTER, *cli.EXPERIMENTS, "A3"} == set(ours) and len(ours) < len(COMMANDS)
     for command in COMMANDS:
         (program,) = [program for program in programs if command.startswith(program)]
         words = re.split(r"  +", command.removeprefix(program).strip())[0].split()

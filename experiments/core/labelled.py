@@ -79,7 +79,7 @@ def labelled_dataset(
     """
     found = open_dataset(name, split, image=image, label=label, needs_labels=True)
     start: Any = found.start
-    return _checked(Labelled(start.rows, start.labels, list(found.classes), found.title))
+    return _checked(Labelled(start.rows, found.labels or [], list(found.classes), found.title))
 
 
 def _checked(labelled: Labelled) -> Labelled:

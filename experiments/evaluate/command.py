@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -60,28 +60,20 @@ def main(arguments: Sequence[str]) -> int:
     made = parser()
     options = made.parse_args(arguments)
 
-    import jaxvit
-    from jaxvit import convert
     from jaxvit.convert.__main__ import reading_of
-    from jaxvit.features_command import DEMO
-    from jaxvit.io import embedded
-    from jaxvit.look_command import size_of
+    from jaxvit.io.provenance import versions
+    from jaxvit.look_command import errors, opened_model, size_of
 
     from . import data, study, under
 
     size, reading = size_of(made, options.size), reading_of(made, options)
-    expected = (convert.ConversionError, jaxvit.CheckpointError, jaxvit.ImageError, embedded.DataError)
     try:
         interventions = [under.parse(text) for text in options.under]
         if len({each.text for each in interventions}) < len(interventions):
             raise ValueError("--under names one intervention twice")
-        source: Any = options.model
-        if source == DEMO and not Path(source).exists():
-            print(f"model: {embedded.MODEL_NAME}")
-            source = embedded.model_file()
-        model, provenance = convert.load_described(source, **reading)
-        for line in provenance.assumptions:
-            print(f"assumed: {line}")
+        if options.out.is_dir() or not os.access(options.out.parent, os.W_OK):  # told before the work, not after it
+            raise ValueError(f"--out {options.out}: expected a file, in a folder that is there and can be written to")
+        model, provenance = opened_model(options.model, reading)
         if options.labelled:
             answers = data.labelled(options.labelled, options.test_part, options.seed)
         else:
@@ -107,10 +99,10 @@ def main(arguments: Sequence[str]) -> int:
             "preparation": preparation,
             "seed": options.seed,
             "batch size": options.batch_size,
-            "versions": {name: version(name) for name in ("jax", "numpy", "optax", "pillow", "scipy")},
+            "versions": versions("jaxvit", "jax", "numpy", "optax", "pillow", "scipy"),
         }
         options.out.write_text(json.dumps(about | {"tasks": found}, indent=1) + "\n", encoding="utf-8")
-    except (*expected, ValueError, OSError) as error:
+    except (*errors(), OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{answers.name}: {answers.train} to learn from, {len(answers.labels) - answers.train} to test on")

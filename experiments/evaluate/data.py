@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -62,25 +61,32 @@ def labelled(place: str, test_part: float, seed: int) -> Answers:
       ImageError: there is no such thing, or an image has no class.
       ValueError: fewer than two classes of two images.
     """
+    if not 0 < test_part < 1:
+        raise ValueError(f"{test_part} of each class is to be tested on; expected more than 0 and less than 1")
     images = open_images(place, labelled=not place.startswith(PREFIX))
-    items = list(images.start(0))
-    labels = np.array([-1 if item.label is None else item.label for item in items])
-    if (labels < 0).any() or not images.classes:
+    labels = np.array(images.labels if images.labels is not None else [-1])
+    if (labels < 0).any():
         raise ImageError(f"{images.title}: image {int(np.argmin(labels))} has no class")
     rng, train, test = np.random.default_rng(seed), [], []
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        cut = max(round(test_part * len(members)), 1)
+        cut = min(max(round(test_part * len(members)), 1), len(members) - 1)  # one at least on each side
         if len(members) > 1:
             test += list(members[:cut])
             train += list(members[cut:])
     if len(np.unique(labels[train])) < 2:
         raise ValueError(f"{images.title} has no two classes of two images")
     order = np.array([*sorted(train), *sorted(test)])
-    return Answers(lambda number: items[order[number]].source, labels[order], images.classes, len(train), images.title)
+    single = len(labels) - len(order)
+    title = images.title + (f", without {single} that are alone in their class" if single else "")
+
+    def source(number: int) -> Any:
+        return next(images.start(int(order[number]))).source
+
+    return Answers(source, labels[order], images.classes, len(train), title)
 
 
 def batches(model: ViT, sources: Iterable[Any], batch_size: int, size: Any) -> Iterator[tuple[Array, int]]:
     """Prepared images, all batches of one size, and how many of each count."""
     for batch in stream(sources, model.config, batch_size, size):
-        yield jax.device_put(jnp.asarray(batch.images)), int(np.sum(batch.valid))
+        yield jnp.asarray(batch.images), int(np.sum(batch.valid))

@@ -65,10 +65,13 @@ def rows(arrays: Arrays, names: tuple[str, ...]) -> np.ndarray:
     return np.concatenate([unit(arrays[name]) for name in names], axis=1)
 
 
-def by_neighbours(top: int, k: int = 20) -> Callable[[Any, Arrays, Answers], Score]:
+NEIGHBOURS = 20
+
+
+def by_neighbours(top: int) -> Callable[[Any, Arrays, Answers], Score]:
     def score(train: np.ndarray, test: Arrays, answers: Answers) -> Score:
         labels, classes = learned(answers), len(answers.classes)
-        scores = classify.nearest_neighbours(train, labels, rows(test, (LAST,)), classes, min(k, len(train)))
+        scores = classify.nearest_neighbours(train, labels, rows(test, (LAST,)), classes, NEIGHBOURS)
         return mean_of(classify.hits(scores, tested(answers), top))
 
     return score
@@ -180,12 +183,14 @@ def possible(answers: Answers, model: ViT, asked: Sequence[str] | None) -> list[
     for name, task in TASKS.items():
         why = "needs the masks of generated scenes" if task.scenes and answers.scene is None else ""
         why = why or ("needs a class token" if LAST in task.reads and not model.config.cls else "")
+        few = task.fit is neighbours and answers.train < NEIGHBOURS
+        why = why or (f"needs {NEIGHBOURS} images to learn from, not {answers.train}" if few else "")
         if asked and name in asked and why:
             raise ValueError(f"{name} {why}")
         if not why and name in (asked or TASKS):
             found.append(name)
     if not found:
-        raise ValueError("no task is possible: this model has no class token, and these images no masks")
+        raise ValueError("no task is possible: these images have no masks, and the model has no class token")
     return found
 
 

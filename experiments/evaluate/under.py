@@ -128,11 +128,10 @@ def plainly(text: str, edits: Callable[[ViT], Edits]) -> Under:
 
 def replaced(text: str, tokens: str, kind: str, place: str) -> Under:
     def make(model: ViT, stats: ActivationStats | None) -> Make:
-        where = layers(place, "all") or {"layers": tuple(range(min(1, model.config.depth - 1), model.config.depth))}
-        if place == "all":
-            where = {}
         if kind == "remove":
-            return lambda images, key: knockout(model, key=tokens, **where if place else {})
+            return lambda images, key: knockout(model, key=tokens, **layers(place, "all"))
+        depth = model.config.depth
+        where = layers(place, ",".join(map(str, range(min(1, depth - 1), depth))))
         if kind == "zero":
             return lambda images, key: ablate(model, SITE, tokens=tokens, **where)
         if kind == "shuffle":

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,24 @@ from jaxtyping import Array
 
 from jaxvit.analysis.readouts import Readout, _read, check_fits, described, parsed
 from jaxvit.analysis.windows import Windows, check_dense, read_windows
-from jaxvit.io.checkpoint import checksum, own_version
+from jaxvit.io.checkpoint import checksum
 from jaxvit.io.image_sets import ImageSet, of_sources, open_images
 from jaxvit.io.images import WORKERS, Batch, ImageError, Sizing, Source, stream_items
 from jaxvit.io.progress import bar
-from jaxvit.io.provenance import Provenance
-from jaxvit.io.rows import HEADER, LABELS, NAMES, Features, FeaturesError, Writer, labels_of, read_features, writer_for
+from jaxvit.io.provenance import Provenance, versions
+from jaxvit.io.rows import (
+    HEADER,
+    LABELS,
+    NAMES,
+    Features,
+    FeaturesError,
+    Writer,
+    check_shapes,
+    labels_of,
+    read_features,
+    writer_for,
+)
+from jaxvit.model.params import enabled
 from jaxvit.model.vit import ViT
 
 Devices = Sequence[Any]
@@ -92,6 +103,8 @@ def features(
     check_fits(readouts, model)
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
+    if not enabled(dtype):
+        raise ValueError(f"JAX has disabled {dtype}: set JAX_ENABLE_X64=1")
     if taken := {NAMES, LABELS, HEADER} & {each.name for each in readouts}:
         raise ValueError(f"no array may be called {taken.pop()}: that is in each file already")
     placed = devices or []
@@ -142,14 +155,9 @@ class Kept:
         self.labels: list[Any] = []
 
     def add(self, arrays: dict[str, np.ndarray], names: Sequence[str], labels: Sequence[Any]) -> None:
+        check_shapes(arrays, {name: rows[0].shape[1:] for name, rows in self.arrays.items()}, names[0])
         for name, rows in arrays.items():
-            before = self.arrays.setdefault(name, [])
-            if before and before[0].shape[1:] != rows.shape[1:]:
-                raise FeaturesError(
-                    f"{names[0]} gives {name} of {list(rows.shape[1:])}, and the images before it "
-                    f"{list(before[0].shape[1:])}: give one size=, or read means and [CLS] alone"
-                )
-            before.append(rows)
+            self.arrays.setdefault(name, []).append(rows)
         self.names += names
         self.labels += labels
         self.rows += len(names)
@@ -283,13 +291,6 @@ def header_of(
         "dtype": dtype,
         "batch size": batch_size,
         "devices": [each.device_kind for each in devices or jax.devices()[:1]],
-        "versions": {"jaxvit": own_version()} | {name: release(name) for name in ("jax", "jaxlib", "numpy", "pillow")},
+        "versions": versions("jaxvit", "jax", "jaxlib", "numpy", "pillow"),
     }
     return json.loads(json.dumps(header))  # as it will be read again
-
-
-def release(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

@@ -96,7 +96,7 @@ def read_windows(
     dense = tuple(replace(each, mean=False, grid=True) for each in readouts)
     weights = np.multiply.outer(*(np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)) for n in shape))
     weights, total = jnp.asarray(weights / weights.max(), model.dtype), jnp.zeros(grid, model.dtype)
-    entering = _embedded(model, images) if windows.positions == "whole" else images
+    entering = model.embed(images) if windows.positions == "whole" else images
     sums: dict[str, Array] = {}
     for place in places:
         start = np.asarray(place)
@@ -115,11 +115,6 @@ def check_dense(readouts: Iterable[Readout]) -> None:
     for each in readouts:
         if each.whole or each.tokens != "patches" or each.site in ATTENTION_SITES:
             raise ValueError(f"{each.text!r}: windows give features of patches alone, such as patches@-1:normed")
-
-
-@jax.jit
-def _embedded(model: ViT, images: Array) -> Array:
-    return model.embedding(images)
 
 
 @partial(jax.jit, static_argnames=("readouts", "shape", "grid", "positions"))

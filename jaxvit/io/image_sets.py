@@ -43,6 +43,7 @@ class ImageSet:
       start: gives the images from one of these numbers on.
       length: how many, if that is known beforehand.
       classes: what the labels 0, 1 .. are called; empty where labels are what the source says, or there are none.
+      labels: of all images, where they are known before any is read.
     """
 
     title: str
@@ -50,6 +51,7 @@ class ImageSet:
     start: Callable[[int], Iterator[Item]]
     length: int | None = None
     classes: tuple[str, ...] = ()
+    labels: Sequence[Any] | None = None
 
 
 def open_images(place: str | os.PathLike[str], *, labelled: bool = False) -> ImageSet:
@@ -114,10 +116,12 @@ def of_folder(folder: Path, labelled: bool) -> ImageSet:
     if labelled:
         if loose := [name for name in names if "/" not in name]:
             raise ImageError(f"{folder / loose[0]} lies in no subfolder, so it has no class")
-        classes = tuple(dict.fromkeys(name.split("/")[0] for name in names))
-        labels = [classes.index(name.split("/")[0]) for name in names]
+        numbers: dict[str, int] = {}
+        labels = [numbers.setdefault(name.split("/")[0], len(numbers)) for name in names]
+        classes = tuple(numbers)
     items = [Item(*each) for each in zip(names, paths, labels, strict=True)]
-    return ImageSet(str(folder), digest(names, classes), lambda first: iter(items[first:]), len(items), classes)
+    known = labels if labelled else None
+    return ImageSet(str(folder), digest(names, classes), lambda first: iter(items[first:]), len(items), classes, known)
 
 
 def of_list(path: Path) -> ImageSet:
@@ -262,7 +266,7 @@ def open_dataset(
             numbers = [i for i, value in enumerate(values) if value in known]
         labels = [known.get(values[i], -1) for i in numbers]
     rows = Rows(dataset.select_columns([image]), image, numbers, f"{title} {dataset._fingerprint}")
-    return ImageSet(title, digest([rows.name], map(str, labels or ())), Start(rows, labels), len(rows), classes)
+    return ImageSet(title, digest([rows.name], map(str, labels or ())), Start(rows, labels), len(rows), classes, labels)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from jaxvit.model.config import Preprocess, ViTConfig
@@ -167,6 +168,18 @@ def verdict(parity: Mapping[str, Any]) -> str:
     equal = "equal within the limits" if parity["passed"] else "NOT EQUAL within the limits"
     shared = parity.get("assumptions")
     return f"{equal}, if the assumptions hold: {', '.join(shared)}" if shared and parity["passed"] else equal
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of installed packages, for a provenance."""
+
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return {package: of(package) for package in packages}
 
 
 def named_versions(versions: Mapping[str, str]) -> str:
