@@ -377,9 +377,7 @@ def test_an_experiment_of_ones_own_is_run_like_the_others(tmp_path, toys, argume
     more = '    passes = ("clean", "controls")\n    controlled = True\n'
     (tmp_path / "my_experiments.py").write_text(code.replace(controlled, controlled + more))
     out, plugin = tmp_path / "out", ["--plugin", tmp_path / "my_experiments.py"]
-    told = runs(
-        *arguments, *plugin, "--only", "Z1", "A1", "--control-images", "4", "--out", out
-    )
+    told = runs(*arguments, *plugin, "--only", "Z1", "A1", "--control-images", "4", "--out", out)
     assert (
         "\nZ1  Lengths of the patches' values" in told and "Lengths of the patches" in (out / "report.html").read_text()
     )
