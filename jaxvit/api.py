@@ -40,7 +40,7 @@ from jaxvit.model.params import cast, functional
 from jaxvit.model.run import each_layer
 from jaxvit.model.sites import SITES, Take
 from jaxvit.model.tokens import TokenLayout
-from jaxvit.model.vit import Output, ViT
+from jaxvit.model.vit import Output, PrefixOutput, ViT
 
 __all__ = [
     "SITES",
@@ -56,6 +56,7 @@ __all__ = [
     "NamedArray",
     "Neurons",
     "Output",
+    "PrefixOutput",
     "Preprocess",
     "Provenance",
     "Registers",

@@ -1,5 +1,6 @@
 """What README.md shows works, word for word."""
 
+import functools
 import re
 import subprocess
 from importlib import import_module
@@ -9,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import scipy.linalg
+from conftest import random_images
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -81,6 +84,7 @@ def test_examples_of_features(monkeypatch, tmp_path):
 def test_no_page_has_examples_that_are_not_run():
     """Here, in test_docs.py, and in test_run.py."""
     run = {"features.md", "interventions.md", "which-registers.md", "experiments.md"}
+    run |= {"recipes.md", "from-flax-dinov2.md"}
     assert {name for name, page in PAGES.items() if "```python" in page} == run
 
 
@@ -151,3 +155,61 @@ def test_commands_exist(capsys):
         options = set(re.findall(r"--[a-z-]+", " ".join(words)))
         known = set(re.findall(r"--[a-z-]+", told))
         assert options <= known, (command, options - known)
+
+
+def test_examples_of_recipes(monkeypatch, tmp_path):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as users have it; optax needs it
+        names = run_examples(PAGES["recipes.md"], monkeypatch, tmp_path)
+    encoder, images = names["encoder"], names["images"]
+    for library in ("nnx", "linen", "equinox"):
+        losses = names[f"{library}_losses"]
+        assert len(losses) == 5 and losses[-1] < losses[0], library
+    cls = encoder(images).cls  # which no step has changed
+    np.testing.assert_allclose(encoder(images, outputs="cls").cls, cls, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(names["eqx"].combine(names["trained"], names["frozen"]).encoder.cls[...], encoder.cls)
+    assert not np.allclose(names["trained"].head.weight, names["classifier"].head.weight)
+
+    patches = encoder(images).patches
+    assert names["alignment_loss"](2 * patches, encoder, images) == pytest.approx(-1, abs=1e-5)
+
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(50, 6)), 0.5 + rng.normal(size=(40, 6)) * rng.uniform(0.5, 2, 6)
+    A, B = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(A @ B).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B - 2 * root)
+    assert names["frechet_distance"](a, b) == pytest.approx(expected, rel=1e-9)
+    assert names["frechet_distance"](a, a) == pytest.approx(0, abs=1e-9) and names["distance"] > 0
+
+    loss, slope, step = names["loss"], names["slope"], 0.03
+    length = np.linalg.norm(slope)
+    nearer = names["perceptual_loss"](encoder, images[:1] - step * slope / length, images[1:2])
+    assert float(loss - nearer) / step == pytest.approx(length, rel=0.05)
+    assert names["perceptual_loss"](encoder, images, images) == 0
+
+
+def test_what_flax_dinov2_returned_is_where_the_page_says(monkeypatch, tmp_path):
+    """Beside transformers' PyTorch model, whose results had the same names."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    page = PAGES["from-flax-dinov2.md"]
+    assert run_examples(page, monkeypatch, tmp_path)["last_hidden_state"].shape == (2, 65, 384)
+
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, patch_size=4, image_size=20)
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(**sizes, num_labels=3, attn_implementation="eager")
+    original = transformers.Dinov2ForImageClassification(config).eval()
+    names = {"model": convert.load(original), "images": random_images(0, 2, 24, 20)}
+    with torch.no_grad():
+        pixels = torch.tensor(np.asarray(names["images"])).permute(0, 3, 1, 2)
+        theirs = original.dinov2(pixels, output_hidden_states=True, output_attentions=True)
+        logits = original(pixels).logits
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    body = code[code.index("out = model") :]
+    exec("import jax.numpy as jnp\nfrom jaxvit import Take\n" + body, names)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+    close(names["last_hidden_state"], theirs.last_hidden_state)
+    close(names["pooler_output"], theirs.pooler_output)
+    close(names["out"].logits, logits)
+    for name in ("hidden_states", "attentions"):
+        assert len(names[name]) == len(getattr(theirs, name))
+        for ours, each in zip(names[name], getattr(theirs, name), strict=True):
+            close(ours, each, err_msg=name)

@@ -264,16 +264,16 @@ def read_stream(
     to_the_end = any(not each.site for each in readouts)
     stop = c.depth if to_the_end else 1 + max(layer for each in readouts for layer in asked(each, c.depth))
     plan = recording_plan(record, c.depth, c.prefix, 0, stop)
-    ran = run_blocks(model, stream, edits or {}, plan, grid=grid)
+    of_prefix = c.prefix > 0 and not any(reads_patches(each, model) for each in readouts)
+    ran = run_blocks(model, stream, edits or {}, plan, grid=grid, outputs="prefix" if of_prefix else "all")
     found = {}
     for each in readouts:
+        if each.whole:
+            _, pooled, head = model.pooled(ran.stream)
+            found[each.name] = pooled if each.whole == "pooled" else head
+            continue
         if not each.site:
-            out = model.outputs(ran.stream, {})
-            if each.whole:
-                found[each.name] = getattr(out, each.whole)
-                continue
-            cls = [] if out.cls is None else [out.cls[:, None]]
-            value = jnp.concatenate([*cls, out.registers, out.patches], axis=1)[None]
+            value = model.normed(ran.stream)[None]
         else:
             recorded: Any = record[each.site].layers  # a tuple, see `record_of`
             places = [recorded.index(layer) for layer in asked(each, c.depth)]
@@ -281,6 +281,13 @@ def read_stream(
             value = model.norm(value) if each.normed else value
         found[each.name] = shaped(each, value, layout)
     return found
+
+
+def reads_patches(readout: Readout, model: ViT) -> bool:
+    """Whether it needs patches as the last block that runs leaves them."""
+    if readout.whole:
+        return model.pool.reads_patches
+    return not readout.site and readout.tokens in ("patches", "tokens")  # sites say what they need by being recorded
 
 
 def shaped(readout: Readout, value: Array, layout: TokenLayout) -> Array:

@@ -27,17 +27,19 @@ from jaxvit.io.progress import bar, length, track
 from jaxvit.model.edits import Edit, Edits, Operation, by_layer, normalise_edits
 from jaxvit.model.layers import wide_dtype
 from jaxvit.model.programs import Program, kept
+from jaxvit.model.run import Outputs
 from jaxvit.model.sites import ATTENTION_SITES, Record, Take, as_takes
-from jaxvit.model.vit import Output, ViT
+from jaxvit.model.vit import Output, PrefixOutput, ViT
 
 Point = Mapping[str, Array]
 """Axis of the grid -> its number at this point; a traced array without axes."""
 MakeEdits = Callable[[Point, Output], Edits]
-Metric = Callable[[Output, Output], Any]
+Metric = Callable[[Any, Output], Any]
+"""Of a run with edits, an `Output` or a `PrefixOutput`, and the one without."""
 Metrics = Metric | Mapping[str, Metric]
 
 
-def cls_cosine(out: Output, clean: Output) -> Float[Array, " B"]:
+def cls_cosine(out: Output | PrefixOutput, clean: Output) -> Float[Array, " B"]:
     """Cosine of [CLS] with that of the run without edits, both after the final norm: [B].
 
     Raises:
@@ -58,6 +60,7 @@ def sweep(
     batch_size: int | None = None,
     record_clean: Record = (),
     record: Record = (),
+    outputs: Outputs | None = None,
     progress: bool = True,
 ) -> NamedArray:
     """Runs the model with the edits of every point of a grid.
@@ -78,6 +81,8 @@ def sweep(
         make 64 images, or 2 on a CPU, where more only leave the caches.
       record_clean: what `clean.trace` holds; all of `resid_pre` is always there.
       record: what `out.trace` holds. Runs that record start at the first layer.
+      outputs: of which tokens `out` has outputs, as for the model; `clean` has all. None: of [CLS] for `cls_cosine`, of
+        all tokens for another metric.
 
     Returns:
       The metric with the axes of the grid, then `image`, then the metric's own. Images are labelled by their number, of
@@ -89,6 +94,7 @@ def sweep(
     takes = tuple({**as_takes(record_clean), "resid_pre": Take()}.items())
     _check(batch_size, grid)
     measure = _together(metric)
+    outputs = outputs or ("cls" if metric is cls_cosine and model.config.cls else "all")
     programs, results, labels = None, [], []
     batches = batches_of(images)
     known = length(batches)
@@ -98,16 +104,24 @@ def sweep(
             clean = _clean_run(model, batch, takes)
             chunk = min(batch_size or _points_at_once(len(batch)), len(grid))
             points = _filled(grid.points, chunk)
-            programs = programs or _sweep_programs(*_traced(model, clean, make_edits, measure, points, record))
+            programs = programs or _sweep_programs(
+                *_traced(model, clean, make_edits, measure, points, record, outputs), outputs
+            )
             first = np.asarray(programs.first_layer(model, clean, points))
             order = np.argsort(first, kind="stable")
             found: list[Any] = []
+            running, size = None, 0  # a chunk whose results are copied while the next one computes
             for begin in range(0, len(grid), chunk):
                 chosen = order[begin : begin + chunk]
                 start = 0 if record else min(int(first[chosen].min()), model.config.depth - 1)
                 at = {axis: numbers[chosen] for axis, numbers in points.items()}
-                found.append(jax.device_get(programs.run(model, batch, clean, at, np.int32(start))))
-                advance(min(chunk, len(grid) - begin))
+                newer = programs.run(model, batch, clean, at, np.int32(start))
+                if running is not None:
+                    found.append(jax.device_get(running))
+                    advance(size)
+                running, size = newer, min(chunk, len(grid) - begin)
+            found.append(jax.device_get(running))
+            advance(size)
             whole = jax.tree.map(lambda *a: np.concatenate(a), *found)
             back = np.argsort(order)[: len(grid)]
             results.append(jax.tree.map(lambda a, back=back, valid=valid: a[back][:, valid], whole))
@@ -132,6 +146,12 @@ def _clean_run(model: ViT, images: Array, takes: tuple[tuple[str, Take], ...]) -
     return model(images, record=dict(takes))
 
 
+@partial(jax.jit, static_argnames=("takes", "outputs"))
+def _run(model: ViT, images: Array, takes: tuple[tuple[str, Take], ...], outputs: Outputs) -> Output | PrefixOutput:
+    """Its shapes tell what a metric gets."""
+    return model(images, record=dict(takes), outputs=outputs)
+
+
 def _point_of(points: Mapping[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
     """The shape of one point."""
     return {axis: jax.ShapeDtypeStruct((), jnp.result_type(numbers)) for axis, numbers in points.items()}
@@ -144,12 +164,13 @@ def _traced(
     metric: Metric,
     points: Mapping[str, np.ndarray],
     record: Record,
+    outputs: Outputs = "all",
     gradient: bool = False,
 ) -> tuple[Program, Program, tuple[tuple[str, Take], ...]]:
     """What the programs of a sweep, or with `gradient` of an attribution, are told apart by."""
     takes = tuple(as_takes(record).items())
-    trace = jax.eval_shape(partial(_clean_run, takes=takes), model, _images_like(model, clean)).trace if takes else {}
-    measure = Program(metric, clean._replace(trace=trace), clean, differentiated=gradient)
+    out = jax.eval_shape(partial(_run, takes=takes, outputs=outputs), model, _images_like(model, clean))
+    measure = Program(metric, out, clean, differentiated=gradient)
     return Program(make_edits, _point_of(points), clean), measure, takes
 
 
@@ -168,7 +189,9 @@ class _Programs(NamedTuple):
 
 
 @kept(maxsize=16)
-def _sweep_programs(edits: Program, measure: Program, takes: tuple[tuple[str, Take], ...]) -> _Programs:
+def _sweep_programs(
+    edits: Program, measure: Program, takes: tuple[tuple[str, Take], ...], outputs: Outputs
+) -> _Programs:
     record = dict(takes)
 
     @jax.jit
@@ -182,7 +205,8 @@ def _sweep_programs(edits: Program, measure: Program, takes: tuple[tuple[str, Ta
     def run(model: ViT, images: Array, clean: Output, points: Point, start: Array) -> Any:
         def one(point: Point) -> Any:
             changes = edits.function(point, clean)
-            out = model.run_from(0 if record else start, stream, changes, record, grid_of(model, images))
+            first, grid = 0 if record else start, grid_of(model, images)
+            out = model.run_from(first, stream, changes, record, grid, outputs=outputs)
             return measure.function(out, clean)
 
         stream = jax.lax.dynamic_index_in_dim(clean.trace["resid_pre"], 0 if record else start, keepdims=False)
@@ -244,7 +268,9 @@ def attribute(
     for each in track(batches_of(images), "attribution", enabled=progress):
         batch, valid = images_and_valid(each)
         clean = _clean_run(model, batch, takes)
-        programs = programs or _attribution_programs(*_traced(model, clean, make_edits, metric, points, (), True)[:2])
+        programs = programs or _attribution_programs(
+            *_traced(model, clean, make_edits, metric, points, (), gradient=True)[:2]
+        )
         slopes, values = programs.slopes(model, clean, points, patches=grid_of(model, batch))
         estimates = programs.estimates(model, clean, slopes, values, points, batch_size=batch_size)
         results.append(np.asarray(estimates)[: len(grid), valid])

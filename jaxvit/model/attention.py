@@ -43,8 +43,15 @@ class Attention(nnx.Module):
         self.norm = make_norm(c, c.width, c.branch_norms)
         self.proj = Linear((c.heads, c.head_size), c.width, c.proj_bias, rngs)
 
-    def __call__(self, x_BTD: Array, tap: Tap, apply_rope: Rope = identity, kernel: Form = "auto") -> Array:
-        q, k, v = jnp.unstack(by_rows(self.qkv, x_BTD, kernel), axis=2)
+    def __call__(
+        self, x_BTD: Array, tap: Tap, apply_rope: Rope = identity, kernel: Form = "auto", rows: int | None = None
+    ) -> Array:
+        """[B, T, D], or [B, rows, D]: of the first query rows alone."""
+        if rows is None:
+            q, k, v = jnp.unstack(by_rows(self.qkv, x_BTD, kernel), axis=2)
+        else:
+            (q,) = jnp.unstack(self.qkv(x_BTD[:, :rows], slice(0, 1)), axis=2)
+            k, v = jnp.unstack(by_rows(lambda x: self.qkv(x, slice(1, 3)), x_BTD, kernel), axis=2)
         q, k, v = tap("q", apply_rope(self.q_norm(q))), tap("k", apply_rope(self.k_norm(k))), tap("v", v)
         z_BTHd = tap("z", attend(q, k, v, tap, kernel))
         if self.norm is not identity:
@@ -60,18 +67,18 @@ def by_rows(function: Callable[[Array], Array], x_BTD: Array, kernel: Form) -> A
     return joined([function(x_BTD[:, part]) for part in cuts(T, 2)], axis=1)
 
 
-def attend(q_BTHd: Array, k_BTHd: Array, v_BTHd: Array, tap: Tap, kernel: Form) -> Array:
-    """[B, T, H, d]. Only rows whose weights are read or edited are written out."""
-    T = q_BTHd.shape[1]
-    rows = tap.explicit_rows(T)
+def attend(q_BQHd: Array, k_BTHd: Array, v_BTHd: Array, tap: Tap, kernel: Form) -> Array:
+    """[B, Q, H, d]. Only rows whose weights are read or edited are written out."""
+    Q, T = q_BQHd.shape[1], k_BTHd.shape[1]
+    rows = tap.explicit_rows(Q)
     outputs = []
     if rows:
-        scores = tap("scores", scaled_scores(q_BTHd[:, :rows], k_BTHd))
+        scores = tap("scores", scaled_scores(q_BQHd[:, :rows], k_BTHd))
         pattern = tap("pattern", softmax(scores, np.arange(rows), tap.knockout_factor(0, T)))
         outputs.append(jnp.einsum("BHQT,BTHd->BQHd", pattern.astype(v_BTHd.dtype), v_BTHd))
-    if rows < T:
+    if rows < Q:
         factor = tap.knockout_factor(rows, T)
-        outputs.append(fused_attention(q_BTHd[:, rows:], k_BTHd, v_BTHd, rows, factor, kernel))
+        outputs.append(fused_attention(q_BQHd[:, rows:], k_BTHd, v_BTHd, rows, factor, kernel))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 

@@ -45,6 +45,7 @@ class Operation(ABC):
     mask: Any
     mask_over: Over
     queries: Queries = "all"
+    reads_own_token: ClassVar[bool] = True  # and no other: it can be applied to some of the tokens
 
     def __post_init__(self) -> None:
         for name, choices in (("mask_over", Over), ("value_over", Over), ("queries", Queries)):
@@ -63,6 +64,16 @@ class Operation(ABC):
     @abstractmethod
     def token_axes(self) -> dict[str, Over | None]:
         """Field -> what its token axes count; None for a field without the axes of the site."""
+
+    def of_prefix(self, site: str, prefix: int) -> Operation:
+        """The edit, its arrays without their layer axis, for a value that is there before the patches alone."""
+        rows = token_axes(site)[0]
+        changed = {
+            name: jax.lax.slice_in_dim(jnp.asarray(a), 0, prefix, axis=rows)
+            for name, over in self.token_axes().items()
+            if over == "tokens" and np.ndim(a := getattr(self, name)) and a.shape[rows] > 1
+        }
+        return replace(self, **changed)
 
     def problems(self, site: str, sizes: Mapping[str, Any]) -> list[str]:
         """What else is wrong with the edit at this site, each after its name; see `check_edits`."""
@@ -170,6 +181,7 @@ class Relocate(Operation):
     to: Any
     mask_over: Over = "groups"
     queries: Queries = "all"
+    reads_own_token: ClassVar[bool] = False
 
     def replacement(self, site: str, x: Array, prefix: int) -> Array:
         to = expand(site, self.to, "groups", x, prefix)

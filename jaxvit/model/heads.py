@@ -17,6 +17,8 @@ from jaxvit.model.layers import ACTIVATIONS, Linear, make_norm
 class ClsPool(nnx.Module):
     """[CLS]."""
 
+    reads_patches = False
+
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
         pass
 
@@ -26,6 +28,8 @@ class ClsPool(nnx.Module):
 
 class MeanPool(nnx.Module):
     """The mean of the patches."""
+
+    reads_patches = True
 
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
         pass
@@ -37,6 +41,8 @@ class MeanPool(nnx.Module):
 class ClsMeanPool(nnx.Module):
     """[CLS], and behind it the mean of the patches: what the classifiers of transformers' DINOv2 read."""
 
+    reads_patches = True
+
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
         pass
 
@@ -47,6 +53,8 @@ class ClsMeanPool(nnx.Module):
 class DistilledPool(nnx.Module):
     """The mean of [CLS] and the distillation token, which stands last before the patches."""
 
+    reads_patches = False
+
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
         pass
 
@@ -56,6 +64,8 @@ class DistilledPool(nnx.Module):
 
 class AttentionPool(nnx.Module):
     """A learned query attends to all tokens, and goes through an MLP (as in SigLIP; timm's `AttentionPoolLatent`)."""
+
+    reads_patches = True
 
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
         self.latent = nnx.Param(nnx.initializers.truncated_normal(c.width**-0.5)(rngs.params(), (c.width,)))
@@ -76,7 +86,9 @@ class AttentionPool(nnx.Module):
         return x + self.fc2(ACTIVATIONS[self.activation](self.fc1(self.norm(x))))
 
 
-POOLS: dict[str, Callable[[ViTConfig, nnx.Rngs], Callable[[Array, int], Array]]] = {
+Pool = ClsPool | MeanPool | ClsMeanPool | DistilledPool | AttentionPool
+
+POOLS: dict[str, Callable[[ViTConfig, nnx.Rngs], Pool]] = {
     "cls": ClsPool,
     "mean": MeanPool,
     "cls_mean": ClsMeanPool,

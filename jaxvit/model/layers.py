@@ -68,9 +68,10 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outs)) if bias else None
         self.axes = len(ins)
 
-    def __call__(self, x: Array) -> Array:
-        y = contract(x, self.kernel[...], self.axes)
-        return y if self.bias is None else y + per_channel(self.bias[...], y)
+    def __call__(self, x: Array, part: slice = slice(None)) -> Array:
+        """[*kept, *outputs], or only a part of the first axis of the outputs."""
+        y = contract(x, self.kernel[(*[slice(None)] * self.axes, part)], self.axes)
+        return y if self.bias is None else y + per_channel(self.bias[part], y)
 
 
 class LayerNorm(nnx.Module):

@@ -88,7 +88,7 @@ def rotary(
     grid: tuple[int, int], head_size: int, base: float, rounded: Rope, prefix: int
 ) -> Callable[[Float[Array, "B T H d"]], Float[Array, "B T H d"]]:
     """`apply_rope`, which rotates plane j of a patch's query or key: its entries j and j + d / 2. The tokens before the
-    patches stay as they are. Computed in at least float32 and rounded once.
+    patches stay as they are. It takes the first tokens alone too. Computed in at least float32 and rounded once.
     """
     angles = rope_angles(grid, rope_periods(head_size, base, rounded))
     still = np.zeros((prefix, angles.shape[1]))
@@ -97,7 +97,7 @@ def rotary(
     def apply_rope(x_BTHd: Array) -> Array:
         x = x_BTHd.astype(wide_dtype(x_BTHd.dtype))
         first, second = jnp.split(x, 2, axis=-1)
-        c, s = (jnp.asarray(a, x.dtype)[None, :, None] for a in (cos, sin))
+        c, s = (jnp.asarray(a[: x.shape[1]], x.dtype)[None, :, None] for a in (cos, sin))
         return (x * c + jnp.concatenate([-second, first], axis=-1) * s).astype(x_BTHd.dtype)
 
     return apply_rope

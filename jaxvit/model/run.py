@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 Remat = Literal["none", "block"]
 """What a backward pass computes again instead of keeping it: nothing, or all inside each block."""
 
+Outputs = Literal["all", "prefix", "cls"]
+"""Of which tokens a run returns outputs: in the last block the others are read, and not computed."""
+
 Measure = Callable[[dict[str, Array], "Block", Array], Any]
 """`measure(trace, block, layer)`: of one layer's trace, without an axis of layers; its block; its number."""
 
@@ -38,7 +41,8 @@ class Ran(NamedTuple):
     """What `run_blocks` returns.
 
     Attributes:
-      stream: the residual stream after the last layer that ran, before the final norm.
+      stream: the residual stream after the last layer that ran, before the final norm; with `outputs` other than
+        "all", only its tokens before the patches.
       trace: site -> [recorded layers, *axes of the site].
       measured: what the measure gave, with an axis of the layers that ran in front; None without one.
     """
@@ -59,6 +63,7 @@ def run_blocks(
     first: Array | None = None,
     remat: Remat = "none",
     kernel: Kernel = "auto",
+    outputs: Outputs = "all",
 ) -> Ran:
     """Runs the layers of `plan`. Is traced: call it inside of a compiled function.
 
@@ -68,8 +73,10 @@ def run_blocks(
       first: a traced number of the layer to start from, in place of the plan's. Then nothing is recorded or measured.
       remat: what a backward pass computes again.
       kernel: see `jaxvit.model.attention.Kernel`.
+      outputs: of which tokens the stream is wanted.
     """
-    run = partial(_run, plan=plan, grid=grid, measure=measure, remat=remat)
+    rows = None if outputs == "all" else model.prefix
+    run = partial(_run, plan=plan, grid=grid, measure=measure, remat=remat, rows=rows)
     whole = partial(run, kernel=kernel)
     if kernel == "cudnn" or not (pieces := pieces_on_cpu(model, x_BTD, edits)):
         return whole(model, x_BTD, edits, first)
@@ -92,46 +99,66 @@ def _run(
     measure: Measure | None,
     remat: Remat,
     kernel: Form,
+    rows: int | None,
     pieces: int = 1,
 ) -> Ran:
-    """`run_blocks`, with images in independent pieces through each block."""
+    """`run_blocks`, with images in independent pieces through each block, and the last one for the first `rows`."""
     depth = model.config.depth
     scanned, of_layer = by_layer(edits, depth)
     apply_rope = rope_for(model, grid, x_BTD.shape[1])
     parts = cuts(len(x_BTD), pieces) if pieces > 1 else [slice(None)]
 
     def step(
-        xs: tuple[Array, ...], block: Block, edits: list[Array], layer: Array, wanted: Wanted
+        xs: tuple[Array, ...], block: Block, edits: list[Array], layer: Array, wanted: Wanted, rows: int | None
     ) -> tuple[tuple[Array, ...], Any]:
         every, taps, new = of_layer(edits), [], []
+        if rows is not None:
+            every = of_prefix(every, rows)
         for x, part in zip(xs, parts, strict=True):
             taps.append(Tap(dict(wanted), every if pieces == 1 else of_images(every, part), model.prefix))
-            new.append(block(x, taps[-1], apply_rope, kernel))
+            new.append(block(x, taps[-1], apply_rope, kernel, rows))
         trace = {site: joined([tap.trace[site] for tap in taps]) for site in taps[0].trace}
         return tuple(new), (trace if measure is None else measure(trace, block, layer))
 
     if remat == "block":
-        step = jax.checkpoint(step, prevent_cse=False, static_argnums=4)
+        step = jax.checkpoint(step, prevent_cse=False, static_argnums=(4, 5))
 
-    def numbered(xs: tuple[Array, ...], layer: Array, wanted: Wanted) -> tuple[tuple[Array, ...], Any]:
+    def numbered(
+        xs: tuple[Array, ...], layer: Array | int, wanted: Wanted, rows: int | None = None
+    ) -> tuple[tuple[Array, ...], Any]:
         at = partial(jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False)
         block, edits = jax.tree.map(at, (model.blocks, scanned))
-        return step(xs, block, edits, layer, wanted)
+        return step(xs, block, edits, jnp.asarray(layer), wanted, rows)
 
     xs, found = tuple(x_BTD[part] for part in parts) if pieces > 1 else (x_BTD,), []
-    if first is not None:
-        xs = jax.lax.fori_loop(first, depth, lambda layer, xs: numbered(xs, layer, ())[0], xs)
-        there = (first >= 0) & (first <= depth)
-        return Ran(jnp.where(there, joined(xs), jnp.nan), {}, None)  # another layer's answer would be wrong silently
 
-    for run in plan.runs:
+    def first_rows(xs: tuple[Array, ...]) -> tuple[Array, ...]:
+        return xs if rows is None else tuple(x[:, :rows] for x in xs)
+
+    if first is not None:
+        narrow = rows is not None and narrows(edits, ())
+        stop = depth - narrow
+        xs = jax.lax.fori_loop(first, stop, lambda layer, xs: numbered(xs, layer, ())[0], xs)
+        if narrow:
+            xs = jax.lax.cond(first < depth, lambda xs: numbered(xs, stop, (), rows)[0], first_rows, xs)
+        there = (first >= 0) & (first <= depth)
+        stream = joined(first_rows(xs))
+        return Ran(jnp.where(there, stream, jnp.nan), {}, None)  # another layer's answer would be wrong silently
+
+    narrow = rows is not None and plan.runs and narrows(edits, plan.runs[-1].wanted)
+    runs = with_last_alone(plan.runs) if narrow else plan.runs
+    for run in runs:
+        if narrow and run is runs[-1]:
+            xs, new = numbered(xs, run.start, run.wanted, rows)
+            found.append(jax.tree.map(lambda a: a[None], new))
+            continue
         layers = jnp.arange(run.start, run.stop)
         if run.stop - run.start == depth:
-            xs, new = jax.lax.scan(lambda x, xs: step(x, *xs, run.wanted), xs, (model.blocks, scanned, layers))  # noqa: B023
+            xs, new = jax.lax.scan(lambda x, xs: step(x, *xs, run.wanted, None), xs, (model.blocks, scanned, layers))  # noqa: B023
         else:  # by number: slices of the parameters for each run would be copies of them
             xs, new = jax.lax.scan(lambda x, i: numbered(x, i, run.wanted), xs, layers)  # noqa: B023
         found.append(new)
-    x = joined(xs)
+    x = joined(first_rows(xs))
     if measure is not None:
         return Ran(x, {}, found[0] if found else None)
     trace: dict[str, Any] = {}
@@ -182,6 +209,34 @@ def chunks_on_cpu(model: ViT, x_BTD: Array) -> int:
 def bytes_of_image(model: ViT, x_BTD: Array) -> int:
     """Of the largest activation in a block."""
     return x_BTD.shape[1] * max(model.config.hidden, 3 * model.config.width) * x_BTD.dtype.itemsize
+
+
+def with_last_alone(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    """The same layers, with the last one in a run of its own."""
+    *before, (start, stop, wanted) = runs
+    rest = [Run(start, stop - 1, wanted)] if start < stop - 1 else []
+    return (*before, *rest, Run(stop - 1, stop, wanted))
+
+
+def narrows(edits: Mapping[str, tuple[Operation, ...]], wanted: Wanted) -> bool:
+    """Whether a block can run for the tokens before the patches alone: nothing is recorded of the others, and no edit
+    of these tokens reads the others.
+    """
+    of_few = [of_all for site, of_all in wanted if site not in WHOLE_SITES]
+    every = [edit for site, each in edits.items() if site not in WHOLE_SITES for edit in each]
+    return not any(of_few) and all(edit.reads_own_token for edit in every)
+
+
+WHOLE_SITES = ("resid_pre", "k", "v")
+"""What each block computes for all tokens."""
+
+
+def of_prefix(edits: Mapping[str, tuple[Operation, ...]], prefix: int) -> dict[str, tuple[Operation, ...]]:
+    """The edits of one layer that computes the tokens before the patches alone."""
+    return {
+        site: each if site in WHOLE_SITES else tuple(edit.of_prefix(site, prefix) for edit in each)
+        for site, each in edits.items()
+    }
 
 
 def of_images(edits: Any, part: slice) -> Any:
@@ -243,8 +298,13 @@ def checked_edits(model: ViT, edits: Edits | None, batch: Any, tokens: Any) -> d
     return every
 
 
-def check_choices(model: ViT, x: Array, remat: str, kernel: str) -> None:
+def check_choices(model: ViT, x: Array, remat: str, kernel: str, outputs: str = "all") -> None:
     """Raises a ValueError that names the argument if one of these words is unknown, or cannot be used here."""
+    if outputs not in get_args(Outputs):
+        raise ValueError(f"outputs is {outputs!r}; expected 'all', 'prefix' or 'cls'")
+    if not {"all": True, "prefix": model.prefix > 0, "cls": model.config.cls}[outputs]:
+        missing = "class token" if outputs == "cls" else "class token and no registers"
+        raise ValueError(f"outputs is {outputs!r}, and this model has no {missing}: leave it out")
     if remat not in get_args(Remat):
         raise ValueError(f"remat is {remat!r}; expected 'none' or 'block'")
     devices = set() if isinstance(x, Tracer) or not isinstance(x, jax.Array) else x.devices()

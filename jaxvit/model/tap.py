@@ -45,14 +45,14 @@ class Tap:
         """Whether any of these values is edited or recorded."""
         return any(site in self.wanted or self.edits.get(site) for site in sites)
 
-    def explicit_rows(self, tokens: int) -> int:
-        """How many query rows, from the first, need their attention weights written out."""
+    def explicit_rows(self, queries: int) -> int:
+        """How many of so many query rows, from the first, need their attention weights written out."""
         of_all = [self.wanted[site] for site in ATTENTION_SITES if site in self.wanted]
         for site in ATTENTION_SITES:
             for edit in self.edits.get(site, ()):
                 if not isinstance(edit, Knockout) or edit.queries == "prefix":
                     of_all.append(edit.queries == "all")
-        return tokens if any(of_all) else self.prefix if of_all else 0
+        return queries if any(of_all) else self.prefix if of_all else 0
 
     def knockout_factor(self, first: int, tokens: int) -> KnockoutFactor | None:
         """What attention weights of query rows from `first` on are multiplied by before they are normalised.

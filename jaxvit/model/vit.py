@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.export
@@ -27,7 +27,7 @@ from jaxvit.model.edits import Edits
 from jaxvit.model.heads import POOLS, make_head
 from jaxvit.model.layers import LayerScale, Linear, identity, make_mlp, make_norm
 from jaxvit.model.positions import resample_positions
-from jaxvit.model.run import Remat, check_choices, checked_edits, run_blocks
+from jaxvit.model.run import Outputs, Ran, Remat, check_choices, checked_edits, run_blocks
 from jaxvit.model.sites import Plan, Record, recording_plan
 from jaxvit.model.tap import Tap
 from jaxvit.model.tokens import TokenLayout
@@ -72,7 +72,32 @@ class Output(NamedTuple):
 
     def __repr__(self) -> str:
         """Shapes, not numbers."""
-        return f"Output({', '.join(f'{name}={shown(value)}' for name, value in self._asdict().items())})"
+        return f"{type(self).__name__}({', '.join(f'{name}={shown(value)}' for name, value in self._asdict().items())})"
+
+
+class PrefixOutput(NamedTuple):
+    """What a model returns with `outputs="prefix"` or `"cls"`; a pytree. See `Output`.
+
+    Attributes:
+      cls: after the final norm; None without a class token.
+      registers: None with `outputs="cls"`.
+      trace: as of `Output`.
+      pooled, logits, projection: None too where they read patches, which were not computed.
+    """
+
+    cls: Float[Array, "B D"] | None
+    registers: Float[Array, "B R D"] | None
+    trace: dict[str, Array]
+    pooled: Float[Array, "B D"] | None
+    logits: Float[Array, "B C"] | None
+    projection: Float[Array, "B E"] | None
+
+    __repr__ = Output.__repr__
+
+    def __getattr__(self, name: str) -> Any:
+        if name in Output._fields:
+            raise AttributeError(f"{name} were not computed: call the model with outputs='all'")
+        raise AttributeError(f"a {type(self).__name__} has no {name!r}")
 
 
 def shown(value: object) -> str:
@@ -82,6 +107,7 @@ def shown(value: object) -> str:
 
 
 jax.export.register_namedtuple_serialization(Output, serialized_name="jaxvit.Output")
+jax.export.register_namedtuple_serialization(PrefixOutput, serialized_name="jaxvit.PrefixOutput")
 jax.export.register_pytree_node_serialization(
     Trace,
     serialized_name="jaxvit.Trace",
@@ -99,10 +125,14 @@ class Block(nnx.Module):
         self.mlp = make_mlp(c, rngs)
         self.scale1, self.scale2 = (LayerScale(c) if c.layer_scale else identity for _ in range(2))
 
-    def __call__(self, x_BTD: Array, tap: Tap, apply_rope: Rope = identity, kernel: Form = "auto") -> Array:
+    def __call__(
+        self, x_BTD: Array, tap: Tap, apply_rope: Rope = identity, kernel: Form = "auto", rows: int | None = None
+    ) -> Array:
+        """[B, T, D], or [B, rows, D]: of the first tokens alone, which attend to all."""
         x = tap("resid_pre", x_BTD)
         with jax.named_scope("attention"):
-            attn_out = tap("attn_out", self.scale1(self.attn(self.norm1(x), tap, apply_rope, kernel)))
+            attn_out = tap("attn_out", self.scale1(self.attn(self.norm1(x), tap, apply_rope, kernel, rows)))
+            x = x if rows is None else x[:, :rows]
             x = tap("resid_mid", tap("skip_attn", x) + attn_out)
         with jax.named_scope("mlp"):
             whole = "auto" if tap.touches("mlp_pre", "mlp_post") else kernel
@@ -159,15 +189,49 @@ class ViT(nnx.Module):
         """
         return self.config.layout()
 
+    @overload
     def __call__(
         self,
         images: Float[Array, "B H W C"],
         edits: Edits | None = None,
         record: Record = (),
         *,
+        outputs: Literal["all"] = "all",
         remat: Remat = "none",
         attention: Kernel = "auto",
-    ) -> Output:
+    ) -> Output: ...
+    @overload
+    def __call__(
+        self,
+        images: Float[Array, "B H W C"],
+        edits: Edits | None = None,
+        record: Record = (),
+        *,
+        outputs: Literal["prefix", "cls"],
+        remat: Remat = "none",
+        attention: Kernel = "auto",
+    ) -> PrefixOutput: ...
+    @overload
+    def __call__(
+        self,
+        images: Float[Array, "B H W C"],
+        edits: Edits | None = None,
+        record: Record = (),
+        *,
+        outputs: Outputs,
+        remat: Remat = "none",
+        attention: Kernel = "auto",
+    ) -> Output | PrefixOutput: ...
+    def __call__(
+        self,
+        images: Float[Array, "B H W C"],
+        edits: Edits | None = None,
+        record: Record = (),
+        *,
+        outputs: Outputs = "all",
+        remat: Remat = "none",
+        attention: Kernel = "auto",
+    ) -> Output | PrefixOutput:
         """Runs the model. A call outside of `jax.jit` compiles once for each shape.
 
         Args:
@@ -176,25 +240,30 @@ class ViT(nnx.Module):
           edits: site -> what to change there; see `jaxvit.Edit`, and `ablate`, `patch`, `knockout` .. which make them.
           record: sites to keep, `("pattern", "resid_post")`, or how much of each, `{"pattern": Take(layers=-1)}`;
             after their edits.
+          outputs: of which tokens the outputs are read: `prefix` are [CLS] and registers. In the last block the others
+            are then attended to, but neither attend nor go through the MLP, and what would need them is not returned.
           remat: `block`: a backward pass computes each block again instead of keeping what is inside it.
           attention: how attention is computed where no weights are recorded or edited: `xla`, `cudnn` (in half
             precision on an NVIDIA GPU), or `auto`.
 
         Raises:
           ValueError: an image size that is not a multiple of the patch, an unknown site, a layer that is not there,
-            an edit whose arrays do not fit, or a choice of attention that cannot be used here.
+            an edit whose arrays do not fit, outputs of tokens that this model does not have, or a choice of attention
+            that cannot be used here.
 
         Example:
           out = model(images, record={"pattern": Take(layers=-1)})
           out.trace["pattern"]  # [1, B, H, P, T]
+          model(images, outputs="cls").cls  # [B, D]; the last block costs a fifth
         """
         c = self.config
         grid = self.check_images(images)
         changes = checked_edits(self, edits, images.shape[0], c.layout(*images.shape[1:3]).tokens)
-        check_choices(self, images, remat, attention)
-        plan = recording_plan(record, c.depth, c.prefix)
-        return _forward(self, images, changes, plan=plan, grid=grid, remat=remat, kernel=attention)
+        check_choices(self, images, remat, attention, outputs)
+        static: Any = dict(grid=grid, remat=remat, kernel=attention, outputs=outputs)
+        return _forward(self, images, changes, plan=recording_plan(record, c.depth, c.prefix), **static)
 
+    @overload
     def run_from(
         self,
         layer: int | np.integer | Array,
@@ -203,9 +272,48 @@ class ViT(nnx.Module):
         record: Record = (),
         grid: tuple[int, int] | None = None,
         *,
+        outputs: Literal["all"] = "all",
         remat: Remat = "none",
         attention: Kernel = "auto",
-    ) -> Output:
+    ) -> Output: ...
+    @overload
+    def run_from(
+        self,
+        layer: int | np.integer | Array,
+        resid_BTD: Float[Array, "B T D"],
+        edits: Edits | None = None,
+        record: Record = (),
+        grid: tuple[int, int] | None = None,
+        *,
+        outputs: Literal["prefix", "cls"],
+        remat: Remat = "none",
+        attention: Kernel = "auto",
+    ) -> PrefixOutput: ...
+    @overload
+    def run_from(
+        self,
+        layer: int | np.integer | Array,
+        resid_BTD: Float[Array, "B T D"],
+        edits: Edits | None = None,
+        record: Record = (),
+        grid: tuple[int, int] | None = None,
+        *,
+        outputs: Outputs,
+        remat: Remat = "none",
+        attention: Kernel = "auto",
+    ) -> Output | PrefixOutput: ...
+    def run_from(
+        self,
+        layer: int | np.integer | Array,
+        resid_BTD: Float[Array, "B T D"],
+        edits: Edits | None = None,
+        record: Record = (),
+        grid: tuple[int, int] | None = None,
+        *,
+        outputs: Outputs = "all",
+        remat: Remat = "none",
+        attention: Kernel = "auto",
+    ) -> Output | PrefixOutput:
         """Runs blocks `layer` .. L - 1 and the final norm on the residual stream that enters block `layer`.
 
         `run_from(l, out.trace["resid_pre"][l])` equals the run that was recorded. Layers keep their absolute numbers,
@@ -215,7 +323,7 @@ class ViT(nnx.Module):
           layer: 0 .. L; with L only the final norm runs. It may be a traced integer, so that one program serves every
             start; then nothing can be recorded, there is no reverse-mode gradient, and a number outside gives NaN.
           resid_BTD: the stream.
-          edits, record, remat, attention: as for the model.
+          edits, record, outputs, remat, attention: as for the model.
           grid: rows and columns of patches; models with rotary positions need it.
 
         Raises:
@@ -225,8 +333,8 @@ class ViT(nnx.Module):
         if resid_BTD.ndim != 3 or resid_BTD.shape[-1] != c.width:
             raise ValueError(f"the stream has shape {resid_BTD.shape}; expected [batch, tokens, {c.width}]")
         changes = checked_edits(self, edits, *resid_BTD.shape[:2])
-        check_choices(self, resid_BTD, remat, attention)
-        static = dict(grid=grid, remat=remat, kernel=attention)
+        check_choices(self, resid_BTD, remat, attention, outputs)
+        static: Any = dict(grid=grid, remat=remat, kernel=attention, outputs=outputs)
         if isinstance(layer, Tracer):
             if record:
                 raise ValueError("a run from a traced layer records nothing: the number of layers is not known")
@@ -286,11 +394,7 @@ class ViT(nnx.Module):
         """What follows the blocks, as part of a program."""
         c = self.config
         with jax.named_scope("output"):
-            final = self.norm(tokens_BTD) if c.final_norm == "tokens" else tokens_BTD
-            pooled = self.pool(final, self.prefix)
-            if c.final_norm == "pooled":
-                pooled = self.norm(pooled)
-            head = self.head(pooled, final, self.prefix)
+            final, pooled, head = self.pooled(tokens_BTD)
         return Output(
             cls=final[:, 0] if c.cls else None,
             registers=final[:, c.cls : self.prefix],
@@ -301,6 +405,35 @@ class ViT(nnx.Module):
             logits=head if c.classes else None,
             projection=head if c.projection else None,
         )
+
+    def prefix_outputs(self, tokens_BPD: Array, trace: dict[str, Array], registers: bool) -> PrefixOutput:
+        """The same of the tokens before the patches alone."""
+        c = self.config
+        with jax.named_scope("output"):
+            if self.pool.reads_patches:
+                final, pooled, head = self.normed(tokens_BPD), None, None
+            else:
+                final, pooled, head = self.pooled(tokens_BPD)
+        return PrefixOutput(
+            cls=final[:, 0] if c.cls else None,
+            registers=final[:, c.cls :] if registers else None,
+            trace=Trace(trace),
+            pooled=pooled,
+            logits=head if c.classes else None,
+            projection=head if c.projection else None,
+        )
+
+    def normed(self, tokens_BTD: Array) -> Array:
+        """Tokens as they leave the model."""
+        return self.norm(tokens_BTD) if self.config.final_norm == "tokens" else tokens_BTD
+
+    def pooled(self, tokens_BTD: Array) -> tuple[Array, Array, Array | None]:
+        """Tokens as they leave the model, what is pooled of them, and what the head makes of that."""
+        final = self.normed(tokens_BTD)
+        pooled = self.pool(final, self.prefix)
+        if self.config.final_norm == "pooled":
+            pooled = self.norm(pooled)
+        return final, pooled, self.head(pooled, final, self.prefix)
 
     @property
     def prefix(self) -> int:
@@ -316,15 +449,15 @@ class ViT(nnx.Module):
 # The programs of calls outside of `jax.jit`: of a module's level, so that a second call finds the first one's.
 
 
-@partial(jax.jit, static_argnames=("plan", "grid", "remat", "kernel"))
+@partial(jax.jit, static_argnames=("plan", "grid", "outputs", "remat", "kernel"))
 def _forward(
-    model: ViT, images: Array, edits: Any, *, plan: Plan, grid: tuple[int, int], remat: Remat, kernel: Kernel
-) -> Output:
-    ran = run_blocks(model, model.embedding(images), edits, plan, grid=grid, remat=remat, kernel=kernel)
-    return model.outputs(ran.stream, ran.trace)
+    model: ViT, images: Array, edits: Any, *, plan: Plan, grid: tuple[int, int], outputs: Outputs, **how: Any
+) -> Output | PrefixOutput:
+    ran = run_blocks(model, model.embedding(images), edits, plan, grid=grid, outputs=outputs, **how)
+    return _outputs(model, ran, outputs)
 
 
-@partial(jax.jit, static_argnames=("plan", "grid", "remat", "kernel"))
+@partial(jax.jit, static_argnames=("plan", "grid", "outputs", "remat", "kernel"))
 def _forward_from(
     model: ViT,
     stream: Array,
@@ -333,11 +466,17 @@ def _forward_from(
     *,
     plan: Plan,
     grid: tuple[int, int] | None,
-    remat: Remat,
-    kernel: Kernel,
-) -> Output:
-    ran = run_blocks(model, stream, edits, plan, grid=grid, first=layer, remat=remat, kernel=kernel)
-    return model.outputs(ran.stream, ran.trace)
+    outputs: Outputs,
+    **how: Any,
+) -> Output | PrefixOutput:
+    ran = run_blocks(model, stream, edits, plan, grid=grid, first=layer, outputs=outputs, **how)
+    return _outputs(model, ran, outputs)
+
+
+def _outputs(model: ViT, ran: Ran, outputs: Outputs) -> Output | PrefixOutput:
+    if outputs == "all":
+        return model.outputs(ran.stream, ran.trace)
+    return model.prefix_outputs(ran.stream, ran.trace, registers=outputs == "prefix")
 
 
 @jax.jit
