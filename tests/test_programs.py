@@ -173,6 +173,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 SMALL = ViTConfig.dinov2("small", 4, depth=2)
 PROGRAMS = {
     "plain": lambda m, x: m(x).cls,
+    "cls alone": lambda m, x: m(x, outputs="cls").cls,
     "recorded": lambda m, x: m(x, record={"pattern": Take(), "resid_post": Take(tokens="prefix")}).trace,
     "edited": lambda m, x: m(x, {"scores": Knockout(jnp.zeros((1, 1, 1, 6, 6))), **ablate(m, "z", heads=1)}).cls,
     "gradient": lambda m, x: jax.grad(lambda x: m(x).cls.astype(jnp.float32).sum())(x),
@@ -232,6 +233,12 @@ def test_where_cudnn_is_here_programs_for_other_platforms_do_without(monkeypatch
         }
         assert "1.230000e+02" in text["cuda"]
         assert "1.230000e+02" not in text["cpu"] + text["tpu"]
+    one = jax.eval_shape(lambda m: jaxvit.cast(m, "bfloat16"), abstract(ViTConfig.dinov2("small", 4, depth=1)))
+    few, whole = (
+        jax.export.export(jax.jit(PROGRAMS[name]), platforms=["cuda"])(one, images).mlir_module()
+        for name in ("cls alone", "plain")
+    )
+    assert "1.230000e+02" in whole and "1.230000e+02" not in few  # few rows are written out
     jax.clear_caches()
 
 
