@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             if o.only:
                 speed.again(o.only, o.keep or parser.error("--only needs --keep NAME"), o.seconds)
             else:
-                speed.main(o.full, o.keep, o.precision, o.seconds, o.out)
+                sys.exit(speed.main(o.full, o.keep, o.precision, o.seconds, o.out))
         case "tiles":
             tiles.main()
         case "features":

@@ -4,7 +4,8 @@
     python -m benchmarks speed --full              every model, size and batch
     python -m benchmarks speed --full --keep NAME  keep it as benchmarks/results/NAME.json, and show it in docs/speed.md
 
-docs/speed.md shows every file of benchmarks/results.
+docs/speed.md shows every file of benchmarks/results. Where one is of this processor, what has become slower than it by
+more than noise is named, and the exit status is 1.
 
 Random DINOv2 models with 4 registers; both sides hold the same weights and read the same images, and their outputs are
 compared before anything is timed. PyTorch runs under inference_mode with fused attention wherever no weights are asked
@@ -26,7 +27,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +67,8 @@ TARGETS = {
 """(task, compared with) -> the quotient that we aim for."""
 FORWARD = {("small", 224, 1): 1.05, ("small", 224, 8): 1.10, ("small", 224, 32): 0.85}
 """(size, pixels, batch) -> the same of a forward pass beside timm, eager; 1.15 for others."""
+NOISE = 1.15
+"""A quotient is worse than a kept one from this factor on."""
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
@@ -89,6 +92,15 @@ class Row(NamedTuple):
     other_seconds: float
     ratio: float
     rounds: int
+
+    @property
+    def key(self) -> tuple[str, int, int, str, str]:
+        """What is compared."""
+        return self[:5]
+
+    @property
+    def case(self) -> str:
+        return f"ViT-{self.model[0].upper()}, {self.pixels}, {self.batch}"
 
     @property
     def target(self) -> float | None:
@@ -378,9 +390,8 @@ def table(rows: list[Row]) -> str:
     ]
     for row in rows:
         target = "" if row.target is None else f"≤ {row.target:.2f}"
-        case = f"ViT-{row.model[0].upper()}, {row.pixels}, {row.batch}"
         times = f"{show(row.seconds)} | {row.other} | {show(row.other_seconds)}"
-        lines.append(f"| {case} | {row.task} | {times} | {row.ratio:.2f} | {target} |")
+        lines.append(f"| {row.case} | {row.task} | {times} | {row.ratio:.2f} | {target} |")
     return "\n".join(lines)
 
 
@@ -425,17 +436,33 @@ def again(only: str, keep: str, seconds: float) -> None:
     set_precision(results["precision"])
     for batch in batches:
         new = [row._asdict() for row in forwards(Case(size, int(pixels), batch, results["precision"]), seconds)]
-        measured = {(row["model"], row["pixels"], row["batch"], row["task"], row["other"]): row for row in new}
-        results["rows"] = [
-            measured.get((row["model"], row["pixels"], row["batch"], row["task"], row["other"]), row)
-            for row in results["rows"]
-        ]
+        measured = {Row(**row).key: row for row in new}
+        results["rows"] = [measured.get(Row(**row).key, row) for row in results["rows"]]
         print(table([Row(**row) for row in new]))
     path.write_text(json.dumps(results, indent=1) + "\n")
     write_readme()
 
 
-def main(full: bool, keep: str | None, precision: str, seconds: float, out: Path) -> None:
+def worse(rows: Iterable[Row], kept: Iterable[Row]) -> list[str]:
+    """What is slower than it was, in words."""
+    before = {row.key: row.ratio for row in kept}
+    return [
+        f"{row.case}, {row.task}: {row.ratio:.2f} of {row.other}, was {before[row.key]:.2f}"
+        for row in rows
+        if row.ratio > NOISE * before.get(row.key, float("inf"))
+    ]
+
+
+def kept_like(results: dict[str, Any], folder: Path = RESULTS) -> list[Row]:
+    """Rows that are kept of the same processor, precision and flags."""
+    same = ("device", "precision", "XLA_FLAGS")
+    every = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    alike = [each for each in every if all(each[name] == results[name] for name in same)]
+    return [Row(**row) for each in alike for row in each["rows"]]
+
+
+def main(full: bool, keep: str | None, precision: str, seconds: float, out: Path) -> int:
+    """Returns the exit status: 1 if something has become slower than what is kept of this processor."""
     set_precision(precision)
     rows: list[Row] = []
     start = time.perf_counter()
@@ -463,11 +490,15 @@ def main(full: bool, keep: str | None, precision: str, seconds: float, out: Path
         "minutes": round((time.perf_counter() - start) / 60, 1),
     }
     print(text_of(results))
+    slower = worse(rows, kept_like(results))
+    for each in slower:
+        print(f"slower than what is kept: {each}", file=sys.stderr)
     out = RESULTS / f"{keep}.json" if keep else out
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
     if keep:
         write_readme()
+    return int(bool(slower))
 
 
 def write_readme() -> None:
