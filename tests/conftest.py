@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxvit import ViT, ViTConfig
+from jaxvit import ViT, ViTConfig, cast
 from jaxvit.model.params import abstract, from_params, to_params
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -44,6 +45,21 @@ def random_model(config: ViTConfig, seed: int = 0) -> ViT:
 
     shapes = to_params(abstract(config))
     return from_params(config, {name: draw(name, leaf.shape) for name, leaf in shapes.items()})
+
+
+@cache
+def double(config: ViTConfig, seed: int = 0) -> ViT:
+    """The same model in float64."""
+    with jax.enable_x64(False):
+        model = random_model(config, seed)
+    with jax.enable_x64(True):
+        return cast(model, jnp.float64)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
 
 
 def random_images(seed: int, batch: int, height: int, width: int | None = None) -> jax.Array:

@@ -61,12 +61,6 @@ def case(request):
 one_case = pytest.mark.parametrize("case", ["registers"], indirect=True)
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def weights(model, layer):
     """W_o, b_o and gamma of one layer, as NumPy arrays."""
     proj, width = model.blocks.attn.proj, model.config.width

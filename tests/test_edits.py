@@ -1,14 +1,14 @@
 """The laws of edits: what is not edited does not change, what is edited is what the edit says, and edits are data."""
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, TINY, random_images, random_model
+from conftest import FAMILIES, TINY, double, random_images, random_model
 from reference import BATCH, HEIGHT, WIDTH, everything, kinds, meaning, numpy_run, run_all
 
 import jaxvit
@@ -23,24 +23,10 @@ from jaxvit.model.tap import Tap
 ROUNDING = 1e-12
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-@cache
-def double(family, seed=0):
-    with jax.enable_x64(False):
-        model = random_model(FAMILIES[family], seed)
-    with jax.enable_x64(True):
-        return jaxvit.cast(model, jnp.float64)
-
-
 @pytest.fixture(params=["dinov2", "dinov2 giant with registers"])
 def exact(request, float64):
     """The two families that differ in everything, in float64."""
-    return double(request.param)
+    return double(FAMILIES[request.param])
 
 
 RICHEST = "dinov2 giant with registers"
@@ -49,7 +35,7 @@ RICHEST = "dinov2 giant with registers"
 @pytest.fixture
 def one(float64):
     """A model of the family that has everything, for laws of the machinery around the edits."""
-    return double(RICHEST)
+    return double(FAMILIES[RICHEST])
 
 
 @pytest.fixture(scope="session")
@@ -504,7 +490,7 @@ def test_vmap_over_edits_is_a_loop(one, images):
 
 
 def test_vmap_over_models_is_a_loop(one, images):
-    models = [one, double(RICHEST, seed=1)]
+    models = [one, double(FAMILIES[RICHEST], seed=1)]
     edits = some_edits(one)
     out = jax.jit(jax.vmap(run, in_axes=(0, None, None)))(stacked(*models), images, edits)
     assert_close(out, stacked(*(run(model, images, edits) for model in models)))
@@ -652,7 +638,7 @@ def test_an_activation_that_is_not_finite_is_gone_once_it_is_replaced(one, image
 
 
 def test_edits_keep_the_type_of_the_model(images):
-    model, edits, outputs = random_model(FAMILIES[RICHEST]), some_edits(double(RICHEST)), {}
+    model, edits, outputs = random_model(FAMILIES[RICHEST]), some_edits(double(FAMILIES[RICHEST])), {}
     single = jnp.asarray(np.asarray(images), jnp.float32)
     for dtype in (jnp.float32, jnp.bfloat16):
         outputs[dtype] = out = run(jaxvit.cast(model, dtype), single, edits)
@@ -665,7 +651,7 @@ def test_rows_of_the_prefix_are_edited_where_the_others_take_the_fused_path(imag
     edits = {"pattern": randomly(rng, kinds(model, "pattern", "mixed")["prefix groups"], "pattern")}
     out = run(model, jnp.asarray(np.asarray(images), jnp.float32), edits)
     with jax.enable_x64(True):
-        assert_close(out, run(double(RICHEST), images, edits), 1e-5)
+        assert_close(out, run(double(FAMILIES[RICHEST]), images, edits), 1e-5)
 
 
 # --- several edits

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, random_images, random_model
+from conftest import FAMILIES, double, random_images
 from reference import BATCH, HEIGHT, WIDTH, everything, in_full, meaning, numpy_run, run_all
 
-import jaxvit
 from jaxvit import (
     SITES,
     ActivationStats,
@@ -42,29 +41,15 @@ ALL, HEADS = range(3), range(4)
 
 
 @pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-@cache
-def double(family):
-    with jax.enable_x64(False):
-        model = random_model(FAMILIES[family])
-    with jax.enable_x64(True):
-        return jaxvit.cast(model, jnp.float64)
-
-
-@pytest.fixture
 def model(float64):
     """[CLS], three registers, 24 patches; 3 layers of 4 heads."""
-    return double("dinov2 with registers")
+    return double(FAMILIES["dinov2 with registers"])
 
 
 @pytest.fixture
 def bare(float64):
     """The model without registers, and with the other MLP."""
-    return double("dinov2 giant")
+    return double(FAMILIES["dinov2 giant"])
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +62,7 @@ def images():
 def clean_trace(family):
     """What a run without edits records of everything, as NumPy computes it."""
     with jax.enable_x64(True):
-        model, images = double(family), jnp.asarray(random_images(0, BATCH, HEIGHT, WIDTH), jnp.float64)
+        model, images = double(FAMILIES[family]), jnp.asarray(random_images(0, BATCH, HEIGHT, WIDTH), jnp.float64)
         return numpy_run(model, run_all(model, images, everything(model)).trace["resid_pre"][0])
 
 
@@ -374,7 +359,7 @@ def test_removed_registers_are_not_attended_to(model, images):
 @pytest.mark.parametrize("family", ["dinov2 with registers", "dinov2 giant with registers"])
 @pytest.mark.usefixtures("float64")
 def test_removing_registers_is_deleting_them(family, images):
-    model = double(family)
+    model = double(FAMILIES[family])
     config = FAMILIES[family.removesuffix(" with registers")]
     fewer = from_params(config, {name: a for name, a in to_params(model).items() if name != "registers"})
     out, expected = run(model, images, remove_registers(model)), run(fewer, images, {})
@@ -703,7 +688,7 @@ def test_relocating_moves_the_largest_activation_of_patches_to_chosen_tokens(mod
 @pytest.mark.parametrize("family", ["dinov2 with registers", "dinov2 giant"])
 @pytest.mark.usefixtures("float64")
 def test_interventions_of_all_kinds_run_in_one_program_as_they_are(family, images, stats):
-    model, clean = double(family), clean_trace(family)
+    model, clean = double(FAMILIES[family]), clean_trace(family)
     layout = model.config.layout(HEIGHT, WIDTH)
     of_mlp = ablate(model, "mlp_post", channels=(3, 17), layers=(0, 2))["mlp_post"].mask
     to = np.eye(model.prefix + 1)[0].reshape(1, 1, -1, 1)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, TINY, random_images, random_model
+from conftest import FAMILIES, TINY, double, random_images, random_model
 from reference import BATCH, HEIGHT, WIDTH, sizes
 
 import jaxvit
@@ -28,18 +28,11 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
-@cache
 def built(name):
-    with jax.enable_x64(False):
-        model = random_model(MODELS[name])
-    with jax.enable_x64(True):
-        return jaxvit.cast(model, jnp.float64)
+    return double(MODELS[name])
 
 
 @cache
@@ -143,7 +136,7 @@ def test_an_edit_that_reads_patches_runs_the_whole_block():
 # --- what is computed
 
 
-def multiplied(function, *arguments) -> float:
+def operations(function, *arguments) -> float:
     """Floating-point operations of a compiled program."""
     return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
@@ -151,7 +144,7 @@ def multiplied(function, *arguments) -> float:
 def test_the_last_block_computes_less():
     """All of patches but their keys and values."""
     model, images = built("one layer"), pictures()  # a loop over several would be counted as one
-    whole, few = (multiplied(lambda m, x, o=o: m(x, outputs=o).cls, model, images) for o in ("all", "cls"))
+    whole, few = (operations(lambda m, x, o=o: m(x, outputs=o).cls, model, images) for o in ("all", "cls"))
     c, tokens = model.config, model.config.layout(HEIGHT, WIDTH).tokens
     rows, inputs = tokens - model.prefix, 2 * BATCH
     saved = inputs * rows * (2 * c.width**2 + 2 * tokens * c.width + 3 * c.width * c.hidden)

@@ -105,7 +105,7 @@ def fingerprint(out: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory, arguments, environment) -> Path:
+def few(tmp_path_factory, arguments) -> Path:
     """A run of some experiments that nothing happened to."""
     out = tmp_path_factory.mktemp("few") / "out"
     runs(*arguments, *FEW, "--out", out)
@@ -115,7 +115,7 @@ def few(tmp_path_factory, arguments, environment) -> Path:
 # --- everything
 
 
-def test_a_run_of_everything(tmp_path, toys, arguments, environment):
+def test_a_run_of_everything(tmp_path, toys, arguments):
     """With a test-time register appended to the plain model. One test, as the run takes a minute."""
     out = tmp_path / "out"
     more = ("--labelled", toys / "images", "--test-time-registers", "1", "--examples", "2", "--control-images", "6")
@@ -220,7 +220,7 @@ def same(out: Path, expected: Path) -> bool:
     return ours == theirs and {k: a[k] for k in a if k.endswith("npz")} == {k: b[k] for k in b if k.endswith("npz")}
 
 
-def test_what_is_finished_is_not_measured_again(tmp_path, arguments, environment, few, toys):
+def test_what_is_finished_is_not_measured_again(tmp_path, arguments, few, toys):
     """Nor lost: not with fewer experiments, other readings of what was measured, or one more model."""
     out = tmp_path / "out"
     shutil.copytree(few, out)
@@ -241,7 +241,7 @@ def test_what_is_finished_is_not_measured_again(tmp_path, arguments, environment
     assert same(out, few)
 
 
-def test_one_more_experiment_measures_what_is_missing(tmp_path, arguments, environment, few):
+def test_one_more_experiment_measures_what_is_missing(tmp_path, arguments, few):
     """And nothing else; other readings of one that is there are measured beside it."""
     out = tmp_path / "out"
     shutil.copytree(few, out)

@@ -101,7 +101,7 @@ def sweep(
     with bar(f"{len(grid)} points", None if known is None else len(grid) * known, progress) as advance:
         for each in batches:
             batch, valid = images_and_valid(each)
-            clean = _clean_run(model, batch, takes)
+            clean = _run(model, batch, takes)
             chunk = min(batch_size or _points_at_once(len(batch)), len(grid))
             points = _filled(grid.points, chunk)
             programs = programs or _sweep_programs(
@@ -140,15 +140,9 @@ def _together(metric: Metrics) -> Metric:
     return lambda out, clean: {name: each(out, clean) for name, each in metric.items()}
 
 
-@partial(jax.jit, static_argnames="takes")
-def _clean_run(model: ViT, images: Array, takes: tuple[tuple[str, Take], ...]) -> Output:
-    """The run without edits; of no sweep in particular, so that all sweeps of a model share it."""
-    return model(images, record=dict(takes))
-
-
 @partial(jax.jit, static_argnames=("takes", "outputs"))
-def _run(model: ViT, images: Array, takes: tuple[tuple[str, Take], ...], outputs: Outputs) -> Output | PrefixOutput:
-    """Its shapes tell what a metric gets."""
+def _run(model: ViT, images: Array, takes: tuple[tuple[str, Take], ...], outputs: Outputs = "all") -> Any:
+    """A run without edits; of no sweep in particular, so that all sweeps of a model share it."""
     return model(images, record=dict(takes), outputs=outputs)
 
 
@@ -267,7 +261,7 @@ def attribute(
     takes = tuple({**as_takes(record_clean), "resid_pre": Take()}.items())
     for each in track(batches_of(images), "attribution", enabled=progress):
         batch, valid = images_and_valid(each)
-        clean = _clean_run(model, batch, takes)
+        clean = _run(model, batch, takes)
         programs = programs or _attribution_programs(
             *_traced(model, clean, make_edits, metric, points, (), gradient=True)[:2]
         )
