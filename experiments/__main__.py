@@ -28,7 +28,8 @@ import numpy as np
 
 import jaxvit
 from jaxvit import convert
-from jaxvit.io import embedded
+from jaxvit.io import embedded, parallel
+from jaxvit.processes import add_processes, in_processes
 
 from .core import labelled
 from .core.experiment import About, Experiment, Table
@@ -62,12 +63,18 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    options = parser().parse_args(arguments)
+    made = parser()
+    options = made.parse_args(arguments)
     if options.command == "list":
         for e in EXPERIMENTS.values():
             print(f"{e.id}  {e.title}{f' ({e.figure})' if e.figure else ''}")
         return 0
     options.out = options.out or Path("out") / (options.preset or options.command)
+    return in_processes(made, options, lambda: reported(options))
+
+
+def reported(options: argparse.Namespace) -> int:
+    """Runs experiments, and says in one line what went wrong."""
     resumable = f"what was finished is kept in {options.out}: the same command with --resume goes on from there"
     try:
         with terminable():
@@ -75,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, Interrupted):
         print(f"\nstopped; {resumable}", file=sys.stderr)
         return 130
+    except parallel.ProcessesError as error:
+        print(f"error: {error}; {resumable}", file=sys.stderr)
     except MemoryError:
         print(f"error: out of memory; take a smaller --batch-size; {resumable}", file=sys.stderr)
     except OSError as error:
@@ -138,6 +147,7 @@ def common(command: argparse.ArgumentParser) -> None:
         help="run each model without registers a second time, with N test-time registers",
     )
     how = command.add_argument_group("running")
+    add_processes(command)
     how.add_argument("--plugin", nargs="+", metavar="FILE", help="experiments of your own: see docs/experiments.md")
     how.add_argument("--out", type=user_path, help="folder for the results (default: out/ and the preset's name)")
     how.add_argument("--resume", action="store_true", help="continue the run in --out; only what is new is measured")
@@ -213,13 +223,18 @@ def run(options: argparse.Namespace) -> int:
         jax.config.update("jax_default_matmul_precision", "highest")
     devices = jax.local_devices()[: options.devices]
     place = Place(options.out, root, shown(images, root, options), options.dtype, devices)
-    with alone(options.out):
+    lead = jax.process_index() == 0
+    with alone(options.out) if lead else contextlib.nullcontext():
         if present(options.out) and not (options.resume or options.overwrite):
             raise ValueError(f"{options.out} holds results: --resume goes on with them, --overwrite replaces them")
         session = Session(place, specs, request, command_line())
-        if present(options.out) and options.overwrite:
+        parallel.check_disk(options.out)
+        if lead and present(options.out) and options.overwrite:
             session.overwrite()
-        tell(session.run(), session, experiments)
+        parallel.wait("the folder is ready")
+        results = session.run()
+        if lead:
+            tell(results, session, experiments)
     return 0 if session.complete else 1
 
 
@@ -287,7 +302,12 @@ def shown(images: Sequence[Path], root: Path, options: argparse.Namespace) -> li
 
 def command_line() -> str:
     """As it was typed, without what only says how to start."""
-    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    words, given = [], iter(sys.argv[1:])
+    for word in given:
+        if word in ("--coordinator", "--processes", "--process-id", "--heartbeat"):
+            next(given, None)
+        elif word not in ("--resume", "--overwrite", "--distributed"):
+            words.append(word)
     return shlex.join(["jaxvit", *words])
 
 

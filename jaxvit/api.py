@@ -29,6 +29,7 @@ from jaxvit.interventions.grids import Grid
 from jaxvit.interventions.registers import Neurons, add_registers, find_register_neurons, test_time_registers
 from jaxvit.interventions.statistics import ActivationStats
 from jaxvit.interventions.sweeps import attribute, cls_cosine, sweep
+from jaxvit.io import parallel
 from jaxvit.io.checkpoint import CheckpointError, describe, load, read_config, save
 from jaxvit.io.images import Batch, ImageError, decode, denormalize, find_images, prepare, stream
 from jaxvit.io.provenance import Provenance
@@ -92,6 +93,7 @@ __all__ = [
     "one_of",
     "outliers",
     "over_images",
+    "parallel",
     "patch",
     "prepare",
     "read_config",

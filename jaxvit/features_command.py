@@ -6,6 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from jaxvit.processes import add_processes, in_processes
 
 from .look_command import DEMO, errors, opened_model, size_of
 
@@ -51,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--window", metavar="N|HxW", help="read patches of large pictures in windows of so many pixels")
     made.add_argument("--overlap", type=float, default=0.5, help="of windows, as a part of their side (%(default)s)")
     made.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (%(default)s)")
-    made.add_argument("--devices", default="1", metavar="N|all", help="over how many devices (%(default)s)")
+    made.add_argument("--devices", default="1", metavar="N|all", help="over how many local devices (%(default)s)")
     made.add_argument(
         "--workers", type=int, metavar="N", help="threads that prepare images; by default one for each core"
     )
@@ -59,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     made.add_argument("--overwrite", action="store_true", help="replace the file, or a run that was interrupted")
     add_reading(made)
+    add_processes(made)
     return made
 
 
@@ -67,7 +71,16 @@ def main(arguments: Sequence[str]) -> int:
     made = parser()
     options = made.parse_args(arguments)
     size, window = size_of(made, options.size), size_of(made, options.window, "--window")
+    return in_processes(made, options, lambda: written(made, options, size, window))
 
+
+def written(
+    made: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    size: int | tuple[int, int] | None,
+    window: int | tuple[int, int] | None,
+) -> int:
+    """Writes features; returns the exit status."""
     import jax
 
     import jaxvit
@@ -82,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"left out: {error}", file=sys.stderr)
 
     try:
-        devices = devices_of(jax.local_devices(), options.devices)
+        mesh = jaxvit.parallel.mesh(devices=devices_of(jax.devices(), options.devices))
         parsed(options.take)
         writer_for(options.out)  # before anything is loaded
         images = open_images(options.images, labelled=options.labelled)
@@ -97,7 +110,7 @@ def main(arguments: Sequence[str]) -> int:
             crop=not options.no_crop,
             batch_size=options.batch_size,
             dtype=options.dtype,
-            devices=devices,
+            mesh=mesh,
             workers=options.workers,
             on_error=name_it,
             resume=options.resume,
@@ -107,6 +120,9 @@ def main(arguments: Sequence[str]) -> int:
         )
     except errors() as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except jaxvit.parallel.ProcessesError as error:
+        print(f"error: {error}: what is done is kept in {options.out}.parts, --resume goes on", file=sys.stderr)
         return 1
     except OSError as error:
         partial = Path(f"{options.out}.partial")
@@ -121,10 +137,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def devices_of(there: Sequence[object], asked: str) -> Sequence[object]:
-    """Raises a ValueError for more devices than there are."""
+def devices_of(there: Sequence[Any], asked: str) -> Sequence[Any]:
+    """So many of each process; raises a ValueError for more than there are."""
+    by_process: dict[int, list[Any]] = {}
+    for device in there:
+        by_process.setdefault(device.process_index, []).append(device)
+    most = min(map(len, by_process.values()))
     if asked == "all":
         return there
-    if not asked.isdigit() or not 1 <= int(asked) <= len(there):
-        raise ValueError(f"--devices {asked}: expected a number from 1 to {len(there)}, or all")
-    return there[: int(asked)]
+    if not asked.isdigit() or not 1 <= int(asked) <= most:
+        raise ValueError(f"--devices {asked}: expected a number from 1 to {most}, or all")
+    return [device for each in by_process.values() for device in each[: int(asked)]]

@@ -81,10 +81,18 @@ def test_examples_of_features(monkeypatch, tmp_path):
     assert [found[name].shape for name in found] == [(136, 384), (136, 2, 8, 8, 384)]
 
 
+def test_examples_of_many_devices(monkeypatch, tmp_path):
+    names = run_examples(PAGES["parallel.md"], monkeypatch, tmp_path)
+    assert names["effect"].values.shape == (12, 6, 2)
+    np.testing.assert_allclose(names["masses"].sum(1), 1, atol=1e-5)
+    model, images = names["model"], names["images"]
+    np.testing.assert_allclose(names["cls"], model(images[:1]).cls, rtol=0, atol=1e-4)
+
+
 def test_no_page_has_examples_that_are_not_run():
     """Here, in test_docs.py, and in test_run.py."""
     run = {"features.md", "interventions.md", "which-registers.md", "experiments.md"}
-    run |= {"recipes.md", "from-flax-dinov2.md"}
+    run |= {"recipes.md", "from-flax-dinov2.md", "parallel.md"}
     assert {name for name, page in PAGES.items() if "```python" in page} == run
 
 
@@ -103,7 +111,7 @@ def test_every_public_name_is_listed():
     page = PAGES["names.md"]
     listed = [word for name in re.findall(r"`(.*?)`", page) for word in [name.split("(")[0]]]
     plain = {name for name in listed if "." not in name}
-    modules = {"decompose", "grids", "similarity"}
+    modules = {"decompose", "grids", "parallel", "similarity"}
     assert plain | modules >= set(jaxvit.__all__), set(jaxvit.__all__) - plain - modules
     assert plain - {"model"} <= set(jaxvit.__all__), plain - set(jaxvit.__all__)
     last = jaxvit.NamedArray

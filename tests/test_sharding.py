@@ -98,11 +98,46 @@ SCRIPT = """
     expected = gradient(model, images)
     with jax.set_mesh(mesh):
         assert_close(gradient(copied, spread), expected)
+    # Functions that go through many images take a mesh themselves; 11 images and 9 points do not divide by it.
+    model, images = random_model(FAMILIES["dinov2 giant"]), random_images(0, 11, 8)
+    several = jaxvit.Grid(layer=tuple(range(model.config.depth)), head=(0, 2, 3))
+    pattern = lambda model, images: model(images, record={{"pattern": Take(layers=-1)}}).trace["pattern"][-1]
+    halves = [images[:8], images[8:]]
+    MESHED = {{
+        "sweep": lambda **m: jaxvit.sweep(model, images, heads, several, first, **m).values,
+        "points that are few": lambda **m: jaxvit.sweep(model, images, heads, grid, first, batch_size=3, **m).values,
+        "metrics by name": lambda **m: jaxvit.sweep(
+            model, images, heads, grid, {{"first": first, "last": lambda out, clean: out.cls[:, -1]}}, **m
+        ).values,
+        "attribute": lambda **m: jaxvit.attribute(model, images, heads, several, first, **m).values,
+        "over_images": lambda **m: jaxvit.over_images(pattern, model, halves, **m),
+        "statistics": lambda **m: jaxvit.ActivationStats.collect(model, halves, "mlp_post", **m).means,
+    }}
+    MESHES = {{
+        "data": jaxvit.parallel.mesh(explicit=kind == AxisType.Explicit),
+        "data and model": jaxvit.parallel.mesh(model=2, explicit=kind == AxisType.Explicit),
+        "model": jaxvit.parallel.mesh(model=4, devices=jax.devices()[:4]),
+    }}
+    for name, go in MESHED.items():
+        expected = go(progress=False)
+        for which, mesh in MESHES.items():
+            try:
+                assert_close(go(progress=False, mesh=mesh), expected)
+            except AssertionError as error:
+                raise AssertionError(f"{{name}} over {{which}}") from error
+    placed = jaxvit.parallel.place(model, MESHES["data and model"])
+    parts = {{name: a.addressable_shards[0].data.size / a.size for name, a in to_params(placed).items()}}
+    assert {{name for name, part in parts.items() if part == 0.5}} == {{
+        f"blocks.{{name}}" for name in jaxvit.parallel.OVER_MODEL if f"blocks.{{name}}" in parts
+    }}
+    assert set(parts.values()) == {{0.5, 1.0}}
+
     # A folder's worth of pictures.
+    mesh = jax.make_mesh(({devices},), ("data",), axis_types=(kind,))
     pixels = list(np.random.default_rng(0).integers(0, 256, (21, 24, 24, 3), dtype=np.uint8))
     model = random_model(FAMILIES["dinov2 with registers"])
     words = dict(take=["cls", "patches@[0,-1]"], size=20, batch_size={devices})
-    spread = jaxvit.features(model, pixels, **words, devices=jax.devices())
+    spread = jaxvit.features(model, pixels, **words, mesh=jaxvit.parallel.mesh())
     assert_close(spread.arrays, jaxvit.features(model, pixels, **words).arrays)
     print("ran to the end")
 """

@@ -268,3 +268,35 @@ def test_a_restored_state_goes_on_to_the_same_bits(at):
         cka.update(x[at:], {"y": y[at:], "/odd|name/": x[at:]})
     assert again.results() == whole.results()
     assert {k: v.tobytes() for k, v in again.state().items()} == {k: v.tobytes() for k, v in whole.state().items()}
+
+
+@pytest.mark.parametrize("far", [0.0, 1e4])
+def test_streams_merge_as_if_all_rows_had_gone_through_one(far):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 40, 7)) + far * rng.standard_normal((2, 1, 7))
+    others = {"like": x[..., :4] + rng.standard_normal((2, 40, 4)), "unlike": rng.standard_normal((2, 40, 9)) - far}
+
+    def fed(begin, end, step=6):
+        cka = StreamingCKA()
+        for i in range(begin, end, step):
+            rows = slice(i, min(i + step, end))
+            cka.update(x[:, rows], {name: y[:, rows] for name, y in others.items()})
+        return cka
+
+    whole = fed(0, 40)
+    merged = StreamingCKA()
+    for begin, end in ((0, 3), (3, 3), (3, 25), (25, 40)):
+        merged.merge(fed(begin, end))
+    merged.update(x[:, :2], {name: y[:, :2] for name, y in others.items()})
+    whole.update(x[:, :2], {name: y[:, :2] for name, y in others.items()})
+    for name, expected in whole.results().items():
+        found = merged.results()[name]
+        assert found.n == expected.n == 42
+        for kind in ("biased", "unbiased", "null"):
+            np.testing.assert_allclose(getattr(found, kind), getattr(expected, kind), rtol=1e-11)
+        np.testing.assert_allclose(merged.covariance(name), whole.covariance(name), atol=1e-11)
+        np.testing.assert_allclose(merged.mean(name), whole.mean(name), rtol=1e-13, atol=1e-13)
+    with pytest.raises(ValueError, match="were"):
+        other = StreamingCKA()
+        other.update(x[0, :4], {"like": x[0, :4]})
+        merged.merge(other)

@@ -19,12 +19,15 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxvit import CheckpointError, ImageError, ViTConfig, convert
+from jaxvit.io import parallel
 from jaxvit.io.checkpoint import replacing_file
 
 from ..core import examples
@@ -34,6 +37,7 @@ from ..core.passes import Pass, Request
 from ..models import test_time
 from ..models.subjects import Spec, load
 from . import source
+from .parts import parts_of, run_parts
 from .registry import PASSES
 from .store import Store, run_pass
 
@@ -169,6 +173,7 @@ class Model:
 
     def run(self, each: Pass, reading: Sequence[Experiment], taken: Taken) -> Stores:
         """A pass: what was measured of each experiment, and now what was not."""
+        parallel.wait("a pass: nothing is being written")
         common = self.settings(each, taken)
         wanted = json.loads(json.dumps({e.id: measured(e, self.request) for e in reading}))
         stores: Stores = {}
@@ -186,6 +191,7 @@ class Model:
                 stores |= {id: store for id in held if wanted.get(id) == held[id] and id not in stores}
             elif held.items() <= wanted.items():  # what a run was stopped at
                 begun.append(held)
+        parallel.wait("a pass: all have seen what there is")
         for held in [*begun, wanted]:
             self.measure(each, {**common, "experiments": held}, stores, taken)
         if len({store.digest for store in stores.values()}) > 1:
@@ -206,7 +212,10 @@ class Model:
         except (*UNUSABLE, OSError):
             raise
         except Exception as error:
-            shutil.rmtree(store.folder)
+            parallel.wait("a pass that failed")
+            if jax.process_index() == 0:
+                shutil.rmtree(store.folder)
+            parallel.wait("a pass that failed is removed")
             if len(missing) == 1:
                 taken.failed.update(dict.fromkeys(missing, f"{each.name}: {reason_of(error)}"))
                 return
@@ -233,7 +242,7 @@ class Model:
             "devices": f"{len(place.devices)} x {place.devices[0].device_kind}",
             "precision": str(jax.config.jax_default_matmul_precision),
             "flags": os.environ.get("XLA_FLAGS", ""),
-            "code": source.of_modules(run_pass.__module__, type(each).__module__),
+            "code": source.of_modules(run_pass.__module__, run_parts.__module__, type(each).__module__),
         }
         return json.loads(json.dumps(settings))
 
@@ -244,13 +253,13 @@ class Model:
         started = time.perf_counter()
         earlier = {name: first(stores).found() for name, stores in taken.stores.items()}
         extra = each.extra(request, subject, earlier)
-        measure = each.measure(request, subject.about)
-        run_pass(
-            store,
-            lambda arguments, images, position: measure(*arguments, images, position),
-            (subject.model, subject.edits, extra),
-            each.sources(request),
-            subject.model.config,
+        measure, sources = each.measure(request, subject.about), each.sources(request)
+        go = partial(
+            run_pass,
+            measure=lambda arguments, images, position: measure(*arguments, images, position),
+            arguments=(subject.model, subject.edits, extra),
+            sources=sources,
+            config=subject.model.config,
             batch_size=request.batch_size,
             size=request.size,
             known=each.known(request),
@@ -259,6 +268,15 @@ class Model:
             progress=request.progress,
             save_every=request.save_every,
         )
+        if jax.process_count() > 1 or parts_of(store):
+            usable = earlier["clean"].per_image["image"] if each.reads_earlier else np.arange(len(sources))
+
+            def one(part: Store, which: tuple[int, int]) -> None:
+                go(part, part=which, before=int((usable < which[0]).sum()))
+
+            run_parts(store, len(sources), one)
+        else:
+            go(store)
         self.seconds[each.name] = round(self.seconds.get(each.name, 0) + time.perf_counter() - started, 1)
 
     def numbers(self, e: Experiment, taken: Taken) -> dict[str, Any]:

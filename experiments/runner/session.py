@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxvit import ViTConfig
+from jaxvit.io import parallel
 from jaxvit.io.checkpoint import replacing_file
 
 from ..core.charts import styled, write_figure
@@ -86,7 +87,7 @@ class Session:
 
     def run(self) -> dict[str, Any]:
         """Everything; returns what is in results.json. What fails of a model, or of an experiment, is told there, and
-        does not cost the others.
+        does not cost the others. All processes of a run call this, and process 0 writes what comes of it.
 
         Raises:
           ValueError: not one model can be run.
@@ -105,15 +106,21 @@ class Session:
         if not self.models:
             one = next(iter(self.failed.values()))
             raise ValueError(f"no model could be run; {one['name']}: {one['reason']}")
+        if jax.process_index():  # which has done its part
+            parallel.wait("results")
+            return {}
         results = self.results()
         with styled():
             self.write(results)
+        parallel.wait("results")
         return results
 
     def finish(self, key: str, spec: Spec) -> Finished:
         """All of one model, after which it needs no memory."""
         model = Model(self.place, self.request, key, spec)
         taken, numbers = model.passes(), {}
+        if jax.process_index():
+            return Finished(model.about, {}, {}, taken, [])
         for e in taken.running(self.request.experiments):
             try:
                 numbers[e.id] = model.numbers(e, taken)

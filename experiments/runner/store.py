@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import time
 import zipfile
@@ -25,11 +26,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from jaxvit import ImageError, ViTConfig, stream
 from jaxvit.analysis.similarity import StreamingCKA
+from jaxvit.io import parallel
 from jaxvit.io.checkpoint import replacing_file
 from jaxvit.io.images import Source
 
@@ -165,6 +166,31 @@ class Store:
         if "rows" in about:
             self.dtype = np.dtype([(name, kind, *map(tuple, shape)) for name, kind, *shape in about["rows"]])
 
+    def append(self, part: Store) -> None:
+        """Adds all of a pass over the images behind these, which has the same settings."""
+        if part.n:
+            if self.dtype is None:
+                self.dtype = part.dtype
+            if part.dtype != self.dtype:
+                raise ValueError(f"{part.folder} holds rows of another kind: {part.dtype}, not {self.dtype}")
+            with open(self.rows, "ab") as file, open(part.rows, "rb") as more:
+                shutil.copyfileobj(more, file)
+        for name, cka in part.cka.items():
+            self.cka.setdefault(name, StreamingCKA()).merge(cka)
+        for name, total in part.sums.items():
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+        for name, values in part.keep.items():
+            kept = np.concatenate([self.keep[name], values]) if name in self.keep else values
+            self.keep[name] = kept[:KEPT]
+        self.digest = added(self.digest, part.digest)
+        self.skipped += part.skipped
+        self.n, self.next = self.n + part.n, part.next
+
+    def reload(self) -> None:
+        """What another process wrote."""
+        self._clear()
+        self._restore()
+
     def found(self) -> Found:
         return Found(self.n, Columns(self), self.cka, self.sums, self.keep)
 
@@ -201,6 +227,8 @@ def run_pass(
     label: str = "",
     progress: bool = False,
     save_every: float = SAVE_EVERY,
+    part: tuple[int, int] | None = None,
+    before: int = 0,
 ) -> Store:
     """Measures all images that the store has not seen yet.
 
@@ -212,20 +240,22 @@ def run_pass(
       known: what is known of each source beforehand, such as its label, [number of sources, ..]: the images' rows have
         that too, by name.
       devices: to spread each batch over; all local ones by default.
+      part: only the sources from this number to the one before that. The store then holds nothing else, is not marked
+        as done, and may have found no image that can be used.
+      before: images of the pass that can be used and stand before the part.
 
     Raises:
       ImageError: not one image can be used.
     """
     if store.done:
         return store
-    devices = list(devices or jax.local_devices())
-    mesh = Mesh(np.asarray(devices), ("images",))
-    spread, copied = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("images",), ()))
-    arguments = jax.device_put(arguments, copied if len(devices) > 1 else devices[0])
-    batch_size = -(-batch_size // len(devices)) * len(devices)
+    mesh = parallel.mesh(devices=devices or jax.local_devices())
+    arguments = parallel.copied(arguments, mesh)
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    begin, end = part or (0, len(sources))
     run = jax.jit(lambda *given: widened(measure(*given)))  # files know no bfloat16
-    offset = store.next
-    position, waiting = store.n, None
+    offset = max(store.next, begin)
+    position, waiting = before + store.n, None
 
     def absorb(batch: Any, measured: Any, digest: str) -> None:
         valid = batch.valid
@@ -249,15 +279,17 @@ def run_pass(
         skipped.append({"image": readable(name), "error": readable(str(error)), "position": at})
         bar.update()
 
-    with tqdm(desc=label, total=len(sources), initial=offset, unit="image", disable=not progress, smoothing=0.1) as bar:
+    shown = dict(desc=label, unit="image", disable=not progress, smoothing=0.1)
+    with tqdm(total=end - begin, initial=offset - begin, **shown) as bar:
         digest = store.digest
-        for batch in stream(map(fetched, sources[offset:]), config, batch_size, size, on_error=skip):
-            images = jax.device_put(batch.images, spread if len(devices) > 1 else devices[0])
+        for batch in stream(map(fetched, sources[offset:end]), config, batch_size, size, on_error=skip):
+            images = parallel.spread(batch.images, mesh)
             numbers = position + np.arange(batch_size)
             measured = run(arguments, images, numbers)
             position += int(batch.valid.sum())
-            for pixels in np.asarray(batch.images)[batch.valid]:  # one by one: the same for any size of batches
-                digest = hashlib.sha256(digest.encode() + pixels.tobytes()).hexdigest()
+            whole = np.asarray(batch.images)
+            for i in np.flatnonzero(batch.valid):  # one by one: the same for any size of batches
+                digest = added(digest, of_image(int(batch.indices[i]) + offset, whole[i]))
             # The batch before is summed up while this one is computed.
             if waiting is not None:
                 absorb(*waiting)
@@ -265,11 +297,30 @@ def run_pass(
         if waiting is not None:
             absorb(*waiting)
     store.skipped = skipped
-    if not store.n:
-        reason = f"; the first: {skipped[0]['error']}" if skipped else ""
-        raise ImageError(f"none of the {len(sources)} images can be used{reason}")
+    if part:
+        store.next = end
+        store.save()
+        return store
+    check_some(store, len(sources))
     store.save(done=True)
     return store
+
+
+def check_some(store: Store, of: int) -> None:
+    """Raises an ImageError if none of so many images could be used."""
+    if not store.n:
+        reason = f"; the first: {store.skipped[0]['error']}" if store.skipped else ""
+        raise ImageError(f"none of the {of} images can be used{reason}")
+
+
+def of_image(index: int, pixels: np.ndarray) -> str:
+    """sha256 of an image and its number among the sources."""
+    return hashlib.sha256(f"{index} ".encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def added(digest: str, other: str) -> str:
+    """The digest of two sets of images; the same in any order and any parts."""
+    return f"{(int(digest or '0', 16) + int(other or '0', 16)) % 2**256:064x}"
 
 
 def fetched(source: Any) -> Source:

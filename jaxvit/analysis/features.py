@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,11 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxvit.analysis.readouts import Readout, _read, check_fits, described, parsed
 from jaxvit.analysis.windows import Windows, check_dense, read_windows
+from jaxvit.io import parallel
 from jaxvit.io.checkpoint import checksum
 from jaxvit.io.image_sets import ImageSet, of_sources, open_images
 from jaxvit.io.images import WORKERS, Batch, ImageError, Sizing, Source, stream_items
@@ -32,7 +34,9 @@ from jaxvit.io.rows import (
     NAMES,
     Features,
     FeaturesError,
+    SafetensorsWriter,
     Writer,
+    check_header,
     check_shapes,
     labels_of,
     read_features,
@@ -40,9 +44,6 @@ from jaxvit.io.rows import (
 )
 from jaxvit.model.params import enabled
 from jaxvit.model.vit import ViT
-
-Devices = Sequence[Any]
-"""Of `jax.Device`, which is no type to pyright."""
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -59,7 +60,7 @@ def features(
     windows: Windows | None = None,
     batch_size: int = 32,
     dtype: str = "float32",
-    devices: Devices | None = None,
+    mesh: Mesh | None = None,
     workers: int | None = None,
     on_error: Callable[[str, ImageError], None] | None = None,
     resume: bool = False,
@@ -76,9 +77,10 @@ def features(
       labels: one for each of `images`, where these have none of their own.
       size, crop, workers: as for `jaxvit.stream`.
       windows: read patches of large pictures window by window, see `jaxvit.read_windows`; on one device.
-      batch_size: images at a time, on all devices together.
+      batch_size: images at a time, on all devices of a process together.
       dtype: of the features; the model computes in the type of its parameters.
-      devices: to spread each batch over; by default JAX's default device alone.
+      mesh: of `jaxvit.parallel.mesh`, to spread each batch over; by default JAX's default device alone. Several
+        processes are all given the same images, and each reads its share; `out` is on a disk that all of them see.
       on_error: called as on_error(name, error) for an image that cannot be used, which is then left out.
       resume: go on with a run to `out` that was interrupted. The result is the same to the byte, on the same machine.
       overwrite: replace what is at `out`.
@@ -107,34 +109,133 @@ def features(
         raise ValueError(f"JAX has disabled {dtype}: set JAX_ENABLE_X64=1")
     if taken := {NAMES, LABELS, HEADER} & {each.name for each in readouts}:
         raise ValueError(f"no array may be called {taken.pop()}: that is in each file already")
-    placed = devices or []
-    if batch_size < 1 or batch_size % max(len(placed), 1):
-        raise ValueError(
-            f"batch_size is {batch_size}; expected a multiple of the number of devices, {len(placed) or 1}"
-        )
+    mesh = mesh and parallel.local(mesh)
+    over = mesh.shape[parallel.DATA] if mesh else 1
+    if batch_size < 1 or batch_size % over:
+        raise ValueError(f"batch_size is {batch_size}; expected a multiple of the number of devices, {over}")
     found = opened(images, labels)
     if windows is not None:
         check_dense(readouts)
         windows.places(model.config.grid, model.config.patch)
-        if len(placed) > 1:
+        if over > 1:
             raise ValueError("windows run on one device: give no others")
     read = partial(read_batch, readouts=readouts, dtype=dtype, windows=windows)
     sizing = Sizing(model.config, size, crop)
     source = partial(stream_items, sizing=sizing, batch_size=batch_size, workers=workers or WORKERS)
-    header = header_of(model, readouts, found, size, crop, batch_size, dtype, placed, provenance, windows)
+    header = header_of(model, readouts, found, size, crop, batch_size, dtype, mesh, provenance, windows)
+    model = parallel.place(model, mesh) if mesh else model
+    many = mesh is not None and jax.process_count() > 1
     if out is None:
+        if many:
+            raise ValueError("with several processes give `out`: features of all images lie in no process's memory")
         kept = Kept()
-        run(model, found, kept, source, header, read, placed, on_error, progress)
+        run(model, found, kept, source, header, read, mesh, on_error, progress)
         return kept.features(header | {"classes": list(found.classes)})
     if resume and not found.identity:
         raise ValueError("resume takes folders, paths, shards and datasets: only images with names can be recognised")
     if dtype == "bfloat16" and not os.fspath(out).lower().endswith(".safetensors"):
         raise ValueError("only safetensors files hold bfloat16: choose another --out or dtype")
+    parts = Path(out).with_name(Path(out).name + ".parts")
+    if many or (resume and parts.exists()):
+        go = partial(run, model, source=source, read=read, mesh=mesh, on_error=on_error, progress=progress)
+        in_parts(parts, Path(out), found, header, go, batch_size, resume=resume, overwrite=overwrite)
+        return read_features(out)
+    if parts.exists() and not overwrite:
+        raise FeaturesError(
+            f"{parts} holds a run of several processes that was interrupted: --resume goes on with it (resume=True), "
+            "--overwrite starts anew"
+        )
     with writer_for(out)(Path(out), header, resume=resume, overwrite=overwrite, batch_size=batch_size) as writer:
         if not writer.complete:
-            run(model, found, writer, source, header, read, placed, on_error, progress)
+            run(model, found, writer, source, header, read, mesh, on_error, progress)
             writer.finish({"classes": list(found.classes)})
+    shutil.rmtree(parts, ignore_errors=True)
     return read_features(out)
+
+
+MOST_PARTS = 256
+"""Of a run of several processes."""
+
+
+def in_parts(
+    parts: Path,
+    out: Path,
+    images: ImageSet,
+    header: dict[str, Any],
+    go: Callable[..., None],
+    batch_size: int,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Reads images in parts, which are dealt to processes like cards, and joins them in order.
+
+    Parts are the same for any number of processes, so that a run can go on with another number.
+
+    Args:
+      parts: the folder for them, which all processes see.
+      go: `run` of images, a writer and its header.
+
+    Raises:
+      ValueError: nobody knows how many images there are, or processes see other images, settings or files.
+      FeaturesError: there is something at `out`, or in `parts`, and neither `resume` nor `overwrite`.
+    """
+    if images.length is None:
+        raise ValueError(f"{images.title} does not say how many images it holds: only one process can read them")
+    me, count = jax.process_index(), jax.process_count()
+    if len(set(parallel.told(json.dumps([header, str(out.absolute()), resume, overwrite])))) > 1:
+        raise ValueError("processes are given other models, images or settings: start all with the same command")
+    parallel.check_disk(out.parent)
+    if out.exists() and resume and not overwrite:
+        check_header(header, read_features(out).header, out)
+        return
+    for there in (out, parts):
+        if there.exists() and not (resume or overwrite):
+            raise FeaturesError(f"{there} exists: give --resume (resume=True) or --overwrite (overwrite=True)")
+    parallel.wait("all have seen what there is")
+    if me == 0:
+        if overwrite:
+            shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True, exist_ok=True)
+    parallel.wait("parts begun")
+    size = batch_size * max(1, -(-images.length // (batch_size * MOST_PARTS)))
+    ranges = [(begin, min(begin + size, images.length)) for begin in range(0, images.length, size)]
+    for begin, end in ranges[me::count]:
+        some = images.part(begin, end)
+        of_part = header | {"images": header["images"] | {"part": [begin, end]}}
+        part = parts / f"{begin:012}.safetensors"
+        with SafetensorsWriter(part, of_part, resume=True, overwrite=False, batch_size=batch_size) as writer:
+            if not writer.complete:
+                go(some, writer, header=of_part, may_be_empty=True)
+                writer.finish({})
+    parallel.wait("parts read")
+    if me == 0:
+        with writer_for(out)(out, header, resume=True, overwrite=overwrite, batch_size=batch_size) as writer:
+            for begin, end in ranges:
+                if end > writer.next:
+                    add_part(writer, read_features(parts / f"{begin:012}.safetensors"), end)
+            check_some(writer, images)
+            writer.finish({"classes": list(images.classes)})
+        shutil.rmtree(parts)
+    parallel.wait("parts joined")
+
+
+def add_part(writer: Writer, part: Features, end: int) -> None:
+    """Appends a part, whose images go up to the one before `end`."""
+    labels = [None] * len(part.names) if part.labels is None else part.labels.tolist()
+    at_once = writer.batch_size
+    for start in range(0, len(part.names), at_once):
+        rows = slice(start, start + at_once)
+        writer.add({name: np.asarray(a[rows]) for name, a in part.items()}, part.names[rows], labels[rows])
+    writer.left_out += part.header["left out"]
+    writer.note(end)
+
+
+def check_some(writer: Writer | Kept, images: ImageSet) -> None:
+    """Raises an ImageError if no image could be used."""
+    if not writer.rows:
+        why = f"; the first: {writer.left_out[0][1]}" if writer.left_out else ": there are none"
+        raise ImageError(f"none of the images of {images.title} can be used{why}")
 
 
 def opened(images: Any, labels: Iterable[Any] | None) -> ImageSet:
@@ -178,11 +279,17 @@ def run(
     source: Callable[..., Iterator[Batch]],
     header: dict[str, Any],
     read: Callable[[ViT, Array], tuple[dict[str, Array], dict[str, Array]]],
-    devices: Devices,
+    mesh: Mesh | None,
     on_error: Callable[[str, ImageError], None] | None,
     progress: bool,
+    may_be_empty: bool = False,
 ) -> None:
-    """Reads what is not read yet."""
+    """Reads what is not read yet.
+
+    Args:
+      mesh: where the model lies.
+      may_be_empty: no image need be usable.
+    """
     offset = writer.next
     unusable: list[list[str]] = []
 
@@ -191,14 +298,6 @@ def run(
             raise error
         unusable.append([name, str(error)])
         on_error(name, error)
-
-    where = devices[0] if len(devices) == 1 else None
-    if len(devices) > 1:
-        mesh = Mesh(np.asarray(devices), ("images",))
-        where = NamedSharding(mesh, PartitionSpec("images"))
-        model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
-    elif where is not None:
-        model = jax.device_put(model, where)
 
     with bar("images", images.length, progress, initial=offset) as advance:
 
@@ -223,7 +322,7 @@ def run(
 
         waiting = None
         for batch in source(images.start(offset), on_error=leave_out):
-            pixels = batch.images if where is None else jax.device_put(batch.images, where)
+            pixels = batch.images if mesh is None else parallel.spread(batch.images, mesh)
             found = read(model, pixels)
             if waiting is not None:  # the batch before is fetched and written while this one is computed
                 write(*waiting)
@@ -232,9 +331,8 @@ def run(
             write(*waiting)
         writer.left_out += unusable
         advance(len(unusable))
-    if not writer.rows:
-        why = f"; the first: {writer.left_out[0][1]}" if writer.left_out else ": there are none"
-        raise ImageError(f"none of the images of {images.title} can be used{why}")
+    if not may_be_empty:
+        check_some(writer, images)
 
 
 def read_batch(
@@ -267,7 +365,7 @@ def header_of(
     crop: bool,
     batch_size: int,
     dtype: str,
-    devices: Devices,
+    mesh: Mesh | None,
     provenance: Provenance | None,
     windows: Windows | None,
 ) -> dict[str, Any]:
@@ -290,7 +388,7 @@ def header_of(
         "arrays": {each.name: described(each, model.config.depth) for each in readouts},
         "dtype": dtype,
         "batch size": batch_size,
-        "devices": [each.device_kind for each in devices or jax.devices()[:1]],
+        "devices": [each.device_kind for each in (mesh.devices.flat if mesh else jax.local_devices()[:1])],
         "versions": versions("jaxvit", "jax", "jaxlib", "numpy", "pillow"),
     }
     return json.loads(json.dumps(header))  # as it will be read again

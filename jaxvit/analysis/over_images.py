@@ -7,12 +7,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
+from jaxvit.io import parallel
 from jaxvit.io.batches import images_and_valid
 from jaxvit.io.images import Batch
 from jaxvit.io.progress import bar
 from jaxvit.model.programs import Program, kept
+from jaxvit.model.vit import ViT
 
 
 def over_images(
@@ -21,6 +24,7 @@ def over_images(
     batches: Iterable[Batch | Array | np.ndarray],
     *,
     total: int | None = None,
+    mesh: Mesh | None = None,
     progress: bool = True,
 ) -> PyTree[np.ndarray]:
     """Measures any number of images, batch by batch; the results of all of them, on the host.
@@ -36,29 +40,40 @@ def over_images(
         shape, also over several calls.
       batches: as of `jaxvit.stream`, whose images that only fill the last batch are left out; or arrays [B, H, W, 3].
       total: number of images, for the progress bar.
+      mesh: of `jaxvit.parallel.mesh`; each batch is spread over its devices. With several processes `batches` are those
+        of this process, such as of `jaxvit.stream(jaxvit.parallel.share(paths), ..)`, and the result holds all.
 
     Returns:
       The same pytree, of NumPy arrays [images, ..] in the order of the images.
 
     Raises:
-      ValueError: no images, or a measure that does not give one entry for each image.
+      ValueError: no images, or a measure that does not give one entry for each image; processes with the same images.
     """
 
     run, found = None, []
+    if mesh is not None:
+        mesh = parallel.local(mesh)
+        model = parallel.place(model, mesh) if isinstance(model, ViT) else parallel.copied(model, mesh)
     with bar("images", total, progress) as advance:
         for batch in batches:
             images, valid = images_and_valid(batch)
+            if mesh is not None and not found:
+                parallel.check_shares(images)
+            images, valid = parallel.filled(images, valid, mesh)
             run = run or _compiled(Program(measure, model, images))
-            values = jax.device_get(run(model, images))
+            values = parallel.fetch(run(model, images))
             for path, value in jax.tree.leaves_with_path(values):
                 if value.shape[:1] != valid.shape:
                     name = f"measure{jax.tree_util.keystr(path)}"
                     raise ValueError(f"{name} has shape {list(value.shape)}; expected [{len(valid)} images, ..]")
             found.append(jax.tree.map(lambda a, valid=valid: a[valid], values))
             advance(int(valid.sum()))
+    if mesh is not None and not found:
+        parallel.check_shares(None)
     if not found:
         raise ValueError("no images to measure")
-    return jax.tree.map(lambda *a: np.concatenate(a), *found)
+    whole = jax.tree.map(lambda *a: np.concatenate(a), *found)
+    return whole if mesh is None else parallel.joined(whole)
 
 
 @kept(maxsize=16)

@@ -135,6 +135,29 @@ class StreamingCKA:
         for key, value in new.items():
             sums[key] = sums[key] + value if key in sums else value
 
+    def merge(self, other: StreamingCKA) -> None:
+        """Adds the rows that `other` was given, behind these.
+
+        Raises:
+          ValueError: representations of other names or sizes; nothing is added.
+
+        Example:
+
+            first.merge(second)  # as if `first` had been given the rows of both
+        """
+        if not other.n:
+            return
+        if self.n and other.sizes != self.sizes:
+            raise ValueError(f"representations are {other.sizes}, but were {self.sizes} so far")
+        mine, more = self._folded(), other._folded()
+        self.n, self.sizes, self.waiting = mine.n + more.n, more.sizes, []
+        self.origins, self.sums = mine.origins or dict(more.origins), mine.sums
+        ends = {f"other {name}": (name, name) for name in more.names} | {"reference": (REFERENCE, REFERENCE)}
+        ends |= {f"cross {name}": (REFERENCE, name) for name in more.names}
+        for key, (x, y) in ends.items():
+            of_x, of_y = (more.origins[name] - self.origins[name] for name in (x, y))
+            self._add(key, moved(more.sums[key], of_x, of_y, more.n))
+
     def mean(self, name: str | None = None) -> np.ndarray:
         """Of a representation over rows, or of the reference, [*batch, d]."""
         whole = self._folded()
@@ -230,6 +253,35 @@ def moments(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
         "x_yy": (xt @ yy[..., None])[..., 0],
         "xx_y": (xx[..., None, :] @ y)[..., 0, :],
         "xx_yy": (xx * yy).sum(-1),
+    }
+
+
+def moved(sums: dict[str, Any], a: np.ndarray, b: np.ndarray, n: int) -> dict[str, Any]:
+    """The `moments` of X + a and Y + b, from those of n rows of X and Y."""
+    x, y, xy = sums["x"], sums["y"], sums["xy"]
+    dot = lambda u, v: (u * v).sum(-1)  # noqa: E731
+    wide = lambda of: np.asarray(of)[..., None]  # noqa: E731
+    aa, bb, ax, by = dot(a, a), dot(b, b), dot(a, x), dot(b, y)
+    xyb, axy = (xy @ b[..., None])[..., 0], (a[..., None, :] @ xy)[..., 0, :]
+    shift_x, shift_y = sums["xx"] + 2 * ax + n * aa, sums["yy"] + 2 * by + n * bb
+    return {
+        "x": x + n * a,
+        "y": y + n * b,
+        "xy": xy
+        + a[..., :, None] * y[..., None, :]
+        + x[..., :, None] * b[..., None, :]
+        + n * wide(a) * b[..., None, :],
+        "xx": shift_x,
+        "yy": shift_y,
+        "x_yy": sums["x_yy"] + 2 * xyb + wide(bb) * x + a * wide(shift_y),
+        "xx_y": sums["xx_y"] + 2 * axy + wide(aa) * y + b * wide(shift_x),
+        "xx_yy": sums["xx_yy"]
+        + 2 * dot(b, sums["xx_y"])
+        + bb * sums["xx"]
+        + 2 * dot(a, sums["x_yy"])
+        + 4 * dot(axy, b)
+        + 2 * bb * ax
+        + aa * shift_y,
     }
 
 

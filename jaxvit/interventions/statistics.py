@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from safetensors.numpy import save_file
 
+from jaxvit.io import parallel
 from jaxvit.io.batches import Images, batches_of, images_and_valid
 from jaxvit.io.checkpoint import CheckpointError, SafetensorsFile, replacing_file
 from jaxvit.io.progress import track
@@ -49,6 +51,7 @@ class ActivationStats:
         model: ViT,
         images: Images,
         sites: str | Iterable[str] = ("resid_pre",),
+        mesh: Mesh | None = None,
         progress: bool = True,
     ) -> ActivationStats:
         """Runs the model over images and measures these sites.
@@ -56,9 +59,12 @@ class ActivationStats:
         Args:
           images: as of `jaxvit.stream`, or arrays [B, H, W, 3].
           sites: one or several, of those with one axis of tokens.
+          mesh: of `jaxvit.parallel.mesh`; each batch is spread over its devices. With several processes `images` are
+            those of this process, and all have the statistics of all images.
 
         Raises:
-          ValueError: no image, an unknown site, or one of attention, which has no single axis of tokens.
+          ValueError: no image, an unknown site, or one of attention, which has no single axis of tokens; processes with
+            the same images.
         """
         sites = (sites,) if isinstance(sites, str) else tuple(sites)
         check_sites(sites)
@@ -67,14 +73,27 @@ class ActivationStats:
                 f"no statistics of {', '.join(map(repr, wrong))}: they are for sites with one axis of tokens"
             )
         stats = cls()
+        if mesh is not None:
+            mesh = parallel.local(mesh)
+            model = parallel.place(model, mesh)
         for each in track(batches_of(images), "statistics", enabled=progress):
             batch, valid = images_and_valid(each)
+            if mesh is not None and not stats.count.size:
+                parallel.check_shares(batch)
+            batch, valid = parallel.filled(batch, valid, mesh)
             layout = model.config.layout(*batch.shape[1:3])
             found = _moments(model, batch, valid, sites, layout)
-            stats.add(valid.sum() * layout.membership.sum(0, dtype=np.float64), *jax.device_get(found))
+            stats.add(valid.sum() * layout.membership.sum(0, dtype=np.float64), *parallel.fetch(found))
+        if mesh is not None and not stats.count.size:
+            parallel.check_shares(None)
         if not stats.count.size:
             raise ValueError("no images to take statistics of")
-        return stats
+        if mesh is None or jax.process_count() == 1:
+            return stats
+        whole = cls()
+        for each in parallel.gather({"count": stats.count, "means": stats.means, "squares": stats.squares}):
+            whole.add(each["count"], each["means"], each["squares"])
+        return whole
 
     def add(self, count: np.ndarray, means: dict[str, np.ndarray], squares: dict[str, np.ndarray]) -> None:
         """Adds a batch's count, mean and sum of squared differences."""

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxvit.analysis.named import NamedArray
 from jaxvit.analysis.similarity import cosine
 from jaxvit.interventions.grids import Grid
+from jaxvit.io import parallel
 from jaxvit.io.batches import Images, batches_of, images_and_valid
 from jaxvit.io.images import Batch
 from jaxvit.io.progress import bar, length, track
@@ -61,6 +63,7 @@ def sweep(
     record_clean: Record = (),
     record: Record = (),
     outputs: Outputs | None = None,
+    mesh: Mesh | None = None,
     progress: bool = True,
 ) -> NamedArray:
     """Runs the model with the edits of every point of a grid.
@@ -83,14 +86,20 @@ def sweep(
       record: what `out.trace` holds. Runs that record start at the first layer.
       outputs: of which tokens `out` has outputs, as for the model; `clean` has all. None: of [CLS] for `cls_cosine`, of
         all tokens for another metric.
+      mesh: of `jaxvit.parallel.mesh`; points are spread over its devices, and over processes, each of which is given
+        the same images and has the whole result.
 
     Returns:
       The metric with the axes of the grid, then `image`, then the metric's own. Images are labelled by their number, of
       `jaxvit.stream` by their place among its sources.
 
     Raises:
-      ValueError: no images, a metric that is not about each image, or an axis of the grid called `image` or `metric`.
+      ValueError: no images, a metric that is not about each image, or an axis of the grid called `image` or `metric`;
+        processes with other images.
     """
+    if mesh is not None:
+        mesh = parallel.local(mesh)
+        model = parallel.place(model, mesh)
     takes = tuple({**as_takes(record_clean), "resid_pre": Take()}.items())
     _check(batch_size, grid)
     measure = _together(metric)
@@ -101,9 +110,14 @@ def sweep(
     with bar(f"{len(grid)} points", None if known is None else len(grid) * known, progress) as advance:
         for each in batches:
             batch, valid = images_and_valid(each)
-            clean = _run(model, batch, takes)
             chunk = min(batch_size or _points_at_once(len(batch)), len(grid))
-            points = _filled(grid.points, chunk)
+            spread = None
+            if mesh is not None:
+                parallel.check_same(batch)
+                batch, spread = parallel.copied(batch, mesh), NamedSharding(mesh, PartitionSpec(parallel.DATA))
+                chunk = _chunk_of_process(chunk if batch_size else chunk * mesh.shape[parallel.DATA], len(grid), mesh)
+            clean = _run(model, batch, takes)
+            points = _filled(grid.points, chunk * (1 if mesh is None else jax.process_count()))
             programs = programs or _sweep_programs(
                 *_traced(model, clean, make_edits, measure, points, record, outputs), outputs
             )
@@ -111,17 +125,20 @@ def sweep(
             order = np.argsort(first, kind="stable")
             found: list[Any] = []
             running, size = None, 0  # a chunk whose results are copied while the next one computes
-            for begin in range(0, len(grid), chunk):
-                chosen = order[begin : begin + chunk]
+            mine = slice(None) if mesh is None else slice(jax.process_index(), None, jax.process_count())
+            for chosen in order.reshape(-1, chunk)[mine]:
                 start = 0 if record else min(int(first[chosen].min()), model.config.depth - 1)
                 at = {axis: numbers[chosen] for axis, numbers in points.items()}
+                at = at if spread is None else jax.device_put(at, spread)
                 newer = programs.run(model, batch, clean, at, np.int32(start))
                 if running is not None:
-                    found.append(jax.device_get(running))
+                    found.append(parallel.fetch(running))
                     advance(size)
-                running, size = newer, min(chunk, len(grid) - begin)
-            found.append(jax.device_get(running))
+                running, size = newer, int((chosen < len(grid)).sum())
+            found.append(parallel.fetch(running))
             advance(size)
+            if mesh is not None:
+                found = parallel.dealt(found)
             whole = jax.tree.map(lambda *a: np.concatenate(a), *found)
             back = np.argsort(order)[: len(grid)]
             results.append(jax.tree.map(lambda a, back=back, valid=valid: a[back][:, valid], whole))
@@ -237,6 +254,7 @@ def attribute(
     *,
     batch_size: int = 16,
     record_clean: Record = (),
+    mesh: Mesh | None = None,
     progress: bool = True,
 ) -> NamedArray:
     """Estimates `metric(edited) - metric(clean)` for every point of a grid, to first order (attribution patching).
@@ -246,7 +264,8 @@ def attribute(
     run. A point costs no run of the model. Effects that are far from linear need `sweep`. So does a metric that is at
     its maximum in the clean run, such as `cls_cosine`: its derivative is 0.
 
-    Args, returns and raises: as of `sweep`; the metric gives one number for each image.
+    Args, returns and raises: as of `sweep`; the metric gives one number for each image. On a mesh images are spread,
+    not points: with several processes, `images` are those of this process, as for `jaxvit.over_images`.
 
     Example:
 
@@ -259,19 +278,30 @@ def attribute(
     batch_size = min(batch_size, len(grid))
     points, programs, results, labels = _filled(grid.points, batch_size), None, [], []
     takes = tuple({**as_takes(record_clean), "resid_pre": Take()}.items())
+    if mesh is not None:
+        mesh = parallel.local(mesh)
+        model = parallel.place(model, mesh)
     for each in track(batches_of(images), "attribution", enabled=progress):
         batch, valid = images_and_valid(each)
+        if mesh is not None and not results:
+            parallel.check_shares(batch)
+        labels.append(each.indices[valid] if isinstance(each, Batch) else None)
+        batch, valid = parallel.filled(batch, valid, mesh)
         clean = _run(model, batch, takes)
         programs = programs or _attribution_programs(
             *_traced(model, clean, make_edits, metric, points, (), gradient=True)[:2]
         )
         slopes, values = programs.slopes(model, clean, points, patches=grid_of(model, batch))
         estimates = programs.estimates(model, clean, slopes, values, points, batch_size=batch_size)
-        results.append(np.asarray(estimates)[: len(grid), valid])
-        labels.append(each.indices[valid] if isinstance(each, Batch) else None)
+        results.append(parallel.fetch(estimates)[: len(grid), valid])
+    if mesh is not None and not results:
+        parallel.check_shares(None)
     if not results:
         raise ValueError("no images to run")
-    return _named(grid, np.concatenate(results, axis=1), labels, metric, "estimated change of ")
+    values = np.concatenate(results, axis=1)
+    if mesh is not None and jax.process_count() > 1:
+        values, labels = parallel.joined(values.T).T, []  # numbers are within a process's own images
+    return _named(grid, values, labels, metric, "estimated change of ")
 
 
 class _Attribution(NamedTuple):
@@ -348,6 +378,12 @@ def _check(batch_size: int | None, grid: Grid) -> None:
 def _points_at_once(images: int) -> int:
     """How many points of so many images a backend runs at once to advantage; see benchmarks."""
     return max(1, (2 if jax.default_backend() == "cpu" else 64) // max(images, 1))
+
+
+def _chunk_of_process(points: int, of: int, mesh: Mesh) -> int:
+    """How many points run at once on the devices of one process: no more than its share, and as many on each device."""
+    devices = mesh.shape[parallel.DATA]
+    return -(-min(points, -(-of // jax.process_count())) // devices) * devices
 
 
 def _filled(points: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:

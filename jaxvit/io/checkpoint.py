@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from jaxvit.io.parallel import fetch
 from jaxvit.io.provenance import Provenance, of_parity
 from jaxvit.model.config import ViTConfig, unknown_fields
 from jaxvit.model.params import abstract, enabled, from_params, matrix_shape, to_params
@@ -87,7 +89,7 @@ def save(
         model, provenance = jaxvit.load("base", described=True)
         jaxvit.save(jaxvit.cast(model, "bfloat16"), "half", provenance)
     """
-    arrays = {name: np.asarray(leaf) for name, leaf in to_params(model).items()}
+    arrays = fetch(to_params(model))
     with saving(folder, model.config, provenance, overwrite=overwrite) as weights:
         save_file(arrays, weights)
     return Path(folder)
@@ -289,7 +291,7 @@ def claimed(folder: Path) -> Iterator[bool]:
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """The same for one file: a temporary name that becomes `path` if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")  # of this process of this machine
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

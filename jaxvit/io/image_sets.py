@@ -53,6 +53,16 @@ class ImageSet:
     classes: tuple[str, ...] = ()
     labels: Sequence[Any] | None = None
 
+    def part(self, begin: int, end: int) -> ImageSet:
+        """Only the images from number `begin` to the one before `end`."""
+
+        def start(first: int) -> Iterator[Item]:
+            return islice(self.start(begin + first), end - begin - first)
+
+        identity = self.identity and f"{self.identity} {begin} {end}"
+        labels = None if self.labels is None else self.labels[begin:end]
+        return ImageSet(f"{self.title} from {begin} to {end - 1}", identity, start, end - begin, self.classes, labels)
+
 
 def open_images(place: str | os.PathLike[str], *, labelled: bool = False) -> ImageSet:
     """Opens a folder, a list, tar shards or a dataset; see the top of `jaxvit.io.image_sets`.

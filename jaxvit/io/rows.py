@@ -98,7 +98,7 @@ class Writer(ABC):
             if not (overwrite or resume):
                 raise FeaturesError(f"{place} exists: choose another --out, or give --overwrite (overwrite=True)")
             if not overwrite:
-                self.compare(there, place)
+                check_header(self.header, there, place)
                 self.complete = True
                 return
         if self.partial.exists() and not (resume or overwrite):
@@ -122,16 +122,6 @@ class Writer(ABC):
         self.close()
         self.stack.close()
 
-    def compare(self, other: Mapping[str, Any], where: Path) -> None:
-        differ = [name for name in self.header if other.get(name) != self.header[name]]
-        if differ:
-            was = {name: other.get(name) for name in differ}
-            name = differ[0]
-            raise FeaturesError(
-                f"{where} holds features of another {', '.join(differ)}: {brief(was[name])}, and not "
-                f"{brief(self.header[name])}; give --overwrite (overwrite=True), or another --out"
-            )
-
     def clear(self) -> None:
         """Starts anew, in a folder that is ours."""
         for path in self.partial.iterdir():
@@ -139,7 +129,7 @@ class Writer(ABC):
 
     def restore(self) -> None:
         noted = json.loads((self.partial / "progress.json").read_text(encoding="utf-8"))
-        self.compare(noted["header"], self.partial)
+        check_header(self.header, noted["header"], self.partial)
         self.rows, self.next, self.left_out = noted["rows"], noted["next"], noted["left out"]
         self.shapes = {name: (np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in noted["arrays"].items()}
         with open(self.partial / "images.jsonl", "r+b") as file:
@@ -213,6 +203,17 @@ class Writer(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Closes files; there may be none."""
+
+
+def check_header(header: Mapping[str, Any], other: Mapping[str, Any], where: Path) -> None:
+    """Raises a FeaturesError if features that are there depend on other things."""
+    differ = [name for name in header if other.get(name) != header[name]]
+    if differ:
+        name = differ[0]
+        raise FeaturesError(
+            f"{where} holds features of another {', '.join(differ)}: {brief(other.get(name))}, and not "
+            f"{brief(header[name])}; give --overwrite (overwrite=True), or another --out"
+        )
 
 
 def check_shapes(arrays: Mapping[str, np.ndarray], before: Mapping[str, tuple[int, ...]], image: str) -> None:
@@ -537,6 +538,7 @@ def read_safetensors(path: Path) -> Features:
             path, held.dtype(name), "r", held.data + held.entries[name]["data_offsets"][0], held.shape(name)
         )
         for name in texts[HEADER]["arrays"]
+        if name in held  # a part of which no image could be used has none
     }
     labels = np.array(texts[LABELS]) if LABELS in texts else held.get(LABELS)
     return Features(arrays, texts[NAMES], labels, texts[HEADER])

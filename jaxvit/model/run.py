@@ -190,7 +190,7 @@ def pieces_on_cpu(model: ViT, x_BTD: Array, edits: Any) -> int:
     """
     mixes = any(isinstance(edit, Shuffle) for each in edits.values() for edit in each)
     sharded = any(axis is not None for axis in jax.typeof(x_BTD).sharding.spec[:1])
-    if mixes or sharded or jax.device_count("cpu") > 1 or not isinstance(x_BTD.shape[0], int) or x_BTD.size == 0:
+    if mixes or sharded or jax.local_device_count("cpu") > 1 or not isinstance(x_BTD.shape[0], int) or x_BTD.size == 0:
         return 0
     return min(len(x_BTD), 2 * cores(), PIECES, len(x_BTD) * bytes_of_image(model, x_BTD) // PIECE_BYTES)
 
