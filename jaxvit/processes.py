@@ -77,12 +77,13 @@ def watched() -> int:
                 continue
     finally:
         signal.signal(signal.SIGTERM, before)
+    # On lines of their own: a worker that is killed leaves its progress bar behind.
     if status == -signal.SIGABRT:
         print(
-            "error: another process of this run has ended, or cannot be reached (JAX's own report is above); start all "
-            "of them again with --resume, which goes on from what is done",
+            "\nerror: another process of this run has ended, or cannot be reached (JAX's own report is above); start "
+            "all of them again with --resume, which goes on from what is done",
             file=sys.stderr,
         )
     elif status < 0:
-        print(f"error: the worker was ended by {signal.Signals(-status).name}; --resume goes on", file=sys.stderr)
+        print(f"\nerror: the worker was ended by {signal.Signals(-status).name}; --resume goes on", file=sys.stderr)
     return 1 if status < 0 else status

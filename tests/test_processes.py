@@ -18,7 +18,8 @@ from PIL import Image
 
 import jaxvit
 from experiments.__main__ import main as experiments
-from experiments.runner.parts import dealt, missing
+from experiments.runner.parts import dealt, missing, run_parts
+from experiments.runner.store import Store
 from jaxvit import Preprocess, ViTConfig
 from jaxvit.features_command import main as features
 
@@ -148,8 +149,24 @@ FROM_PYTHON = """
         assert "is not that of process 0" in str(error)
     else:
         raise AssertionError("two folders passed for one")
+    try:
+        parallel.wait("here" if me else "there")
+    except parallel.ProcessesError as error:
+        assert "no longer do the same" in str(error)
+    else:
+        raise AssertionError("two waits passed for one")
     print("ran to the end")
 """
+
+
+def test_a_part_that_fails_without_a_word_fails_the_pass(tmp_path):
+    def silent(part, which):
+        raise AssertionError
+
+    with pytest.raises(AssertionError):
+        run_parts(Store(tmp_path / "one", {}), 3, silent)
+    with pytest.raises(ValueError, match="lacks the images from 0 on"):
+        run_parts(Store(tmp_path / "two", {}), 3, lambda part, which: None)
 
 
 def test_functions_that_take_a_mesh_give_every_process_what_one_process_gives(tmp_path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 
@@ -19,9 +18,9 @@ from .store import Store, check_some
 FOLDER = "parts"
 
 
-def parts_of(store: Store) -> list[tuple[int, Path]]:
-    """Where parts begin, and their folders; in order."""
-    return sorted((int(path.name), path) for path in (store.folder / FOLDER).glob("*") if path.name.isdigit())
+def parts_of(store: Store) -> list[int]:
+    """Where the parts of a pass begin, in order."""
+    return sorted(int(path.name) for path in (store.folder / FOLDER).glob("*") if path.name.isdigit())
 
 
 def run_parts(store: Store, images: int, measure: Callable[[Store, tuple[int, int]], object]) -> None:
@@ -34,11 +33,11 @@ def run_parts(store: Store, images: int, measure: Callable[[Store, tuple[int, in
       measure: `measure(part, (begin, end))`, of images for this process.
 
     Raises:
-      RuntimeError: another process could not measure its part.
+      RuntimeError: a process could not measure its part; in all of them, so that they go on together.
       ImageError: not one image can be used.
     """
     parallel.wait("parts: none is being written")
-    known = {begin: opened(store, begin) for begin, _ in parts_of(store)}
+    known = {begin: opened(store, begin) for begin in parts_of(store)}
     parallel.wait("parts: all have seen what there is")
     if not store.done:
         covered = [(0, store.next), *((begin, max(part.next, begin)) for begin, part in known.items())]
@@ -51,17 +50,21 @@ def run_parts(store: Store, images: int, measure: Callable[[Store, tuple[int, in
             raise
         except Exception as error:
             failure = error
-        for process, reason in enumerate(parallel.told(str(failure) if failure else "")):
+        if failure and jax.process_count() == 1:
+            raise failure
+        for process, reason in enumerate(parallel.told(repr(failure) if failure else "")):
             if reason:
-                raise failure or RuntimeError(f"process {process}: {reason}")
+                raise RuntimeError(f"process {process}: {reason}") from failure
         if jax.process_index() == 0:
-            for begin, _ in parts_of(store):
+            for begin in parts_of(store):
                 part = opened(store, begin)
                 if part.next <= begin:
                     continue
                 if begin != store.next:
                     raise ValueError(f"{store.folder} lacks the images from {store.next} to {begin - 1}: remove it")
                 store.append(part)
+            if store.next != images:
+                raise ValueError(f"{store.folder} lacks the images from {store.next} on: remove it")
             store.save(done=True)
         parallel.wait("parts: together")
         if jax.process_index():

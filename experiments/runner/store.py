@@ -117,14 +117,16 @@ class Store:
             file.write(records.tobytes())
         for name, (reference, others) in m.pairs.items():
             self.cka.setdefault(name, StreamingCKA()).update(reference, others)
-        for name, values in m.sums.items():
-            total = values.sum(axis=0, dtype=np.float64)
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
-        for name, values in m.keep.items():
-            kept = np.concatenate([self.keep[name], values]) if name in self.keep else values
-            self.keep[name] = kept[:KEPT]
+        self._add_up({name: values.sum(axis=0, dtype=np.float64) for name, values in m.sums.items()}, m.keep)
         self.n += len(indices)
         self.next = int(indices[-1]) + 1
+
+    def _add_up(self, sums: Mapping[str, np.ndarray], keep: Mapping[str, Any]) -> None:
+        for name, total in sums.items():
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+        for name, values in keep.items():
+            kept = np.concatenate([self.keep[name], values]) if name in self.keep else values
+            self.keep[name] = kept[:KEPT]
 
     def save(self, done: bool = False, every: float = 0.0) -> None:
         """Saves every so many seconds, but never spends more than about 5 % of the time saving; 0 saves always."""
@@ -177,11 +179,7 @@ class Store:
                 shutil.copyfileobj(more, file)
         for name, cka in part.cka.items():
             self.cka.setdefault(name, StreamingCKA()).merge(cka)
-        for name, total in part.sums.items():
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
-        for name, values in part.keep.items():
-            kept = np.concatenate([self.keep[name], values]) if name in self.keep else values
-            self.keep[name] = kept[:KEPT]
+        self._add_up(part.sums, part.keep)
         self.digest = added(self.digest, part.digest)
         self.skipped += part.skipped
         self.n, self.next = self.n + part.n, part.next

@@ -109,7 +109,7 @@ def features(
         raise ValueError(f"JAX has disabled {dtype}: set JAX_ENABLE_X64=1")
     if taken := {NAMES, LABELS, HEADER} & {each.name for each in readouts}:
         raise ValueError(f"no array may be called {taken.pop()}: that is in each file already")
-    mesh = mesh and parallel.local(mesh)
+    model, mesh = parallel.working(model, mesh)
     over = mesh.shape[parallel.DATA] if mesh else 1
     if batch_size < 1 or batch_size % over:
         raise ValueError(f"batch_size is {batch_size}; expected a multiple of the number of devices, {over}")
@@ -123,7 +123,6 @@ def features(
     sizing = Sizing(model.config, size, crop)
     source = partial(stream_items, sizing=sizing, batch_size=batch_size, workers=workers or WORKERS)
     header = header_of(model, readouts, found, size, crop, batch_size, dtype, mesh, provenance, windows)
-    model = parallel.place(model, mesh) if mesh else model
     many = mesh is not None and jax.process_count() > 1
     if out is None:
         if many:
@@ -186,12 +185,13 @@ def in_parts(
     if len(set(parallel.told(json.dumps([header, str(out.absolute()), resume, overwrite])))) > 1:
         raise ValueError("processes are given other models, images or settings: start all with the same command")
     parallel.check_disk(out.parent)
-    if out.exists() and resume and not overwrite:
-        check_header(header, read_features(out).header, out)
-        return
+    before = read_features(out).header if out.exists() else None  # what is no file of features is never replaced
     for there in (out, parts):
         if there.exists() and not (resume or overwrite):
             raise FeaturesError(f"{there} exists: give --resume (resume=True) or --overwrite (overwrite=True)")
+    if before is not None and not overwrite:
+        check_header(header, before, out)
+        return
     parallel.wait("all have seen what there is")
     if me == 0:
         if overwrite:

@@ -11,11 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from jaxvit.io import parallel
-from jaxvit.io.batches import images_and_valid
+from jaxvit.io.batches import spread_batches
 from jaxvit.io.images import Batch
 from jaxvit.io.progress import bar
 from jaxvit.model.programs import Program, kept
-from jaxvit.model.vit import ViT
 
 
 def over_images(
@@ -51,15 +50,9 @@ def over_images(
     """
 
     run, found = None, []
-    if mesh is not None:
-        mesh = parallel.local(mesh)
-        model = parallel.place(model, mesh) if isinstance(model, ViT) else parallel.copied(model, mesh)
+    model, mesh = parallel.working(model, mesh)
     with bar("images", total, progress) as advance:
-        for batch in batches:
-            images, valid = images_and_valid(batch)
-            if mesh is not None and not found:
-                parallel.check_shares(images)
-            images, valid = parallel.filled(images, valid, mesh)
+        for _, images, valid in spread_batches(batches, mesh):
             run = run or _compiled(Program(measure, model, images))
             values = parallel.fetch(run(model, images))
             for path, value in jax.tree.leaves_with_path(values):
@@ -68,8 +61,6 @@ def over_images(
                     raise ValueError(f"{name} has shape {list(value.shape)}; expected [{len(valid)} images, ..]")
             found.append(jax.tree.map(lambda a, valid=valid: a[valid], values))
             advance(int(valid.sum()))
-    if mesh is not None and not found:
-        parallel.check_shares(None)
     if not found:
         raise ValueError("no images to measure")
     whole = jax.tree.map(lambda *a: np.concatenate(a), *found)

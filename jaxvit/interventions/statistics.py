@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from safetensors.numpy import save_file
 
 from jaxvit.io import parallel
-from jaxvit.io.batches import Images, batches_of, images_and_valid
+from jaxvit.io.batches import Images, batches_of, spread_batches
 from jaxvit.io.checkpoint import CheckpointError, SafetensorsFile, replacing_file
 from jaxvit.io.progress import track
 from jaxvit.model.layers import wide_dtype
@@ -73,19 +73,12 @@ class ActivationStats:
                 f"no statistics of {', '.join(map(repr, wrong))}: they are for sites with one axis of tokens"
             )
         stats = cls()
-        if mesh is not None:
-            mesh = parallel.local(mesh)
-            model = parallel.place(model, mesh)
-        for each in track(batches_of(images), "statistics", enabled=progress):
-            batch, valid = images_and_valid(each)
-            if mesh is not None and not stats.count.size:
-                parallel.check_shares(batch)
-            batch, valid = parallel.filled(batch, valid, mesh)
+        model, mesh = parallel.working(model, mesh)
+        batches = track(batches_of(images), "statistics", enabled=progress)
+        for _, batch, valid in spread_batches(batches, mesh):
             layout = model.config.layout(*batch.shape[1:3])
             found = _moments(model, batch, valid, sites, layout)
             stats.add(valid.sum() * layout.membership.sum(0, dtype=np.float64), *parallel.fetch(found))
-        if mesh is not None and not stats.count.size:
-            parallel.check_shares(None)
         if not stats.count.size:
             raise ValueError("no images to take statistics of")
         if mesh is None or jax.process_count() == 1:

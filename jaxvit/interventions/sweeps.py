@@ -23,7 +23,7 @@ from jaxvit.analysis.named import NamedArray
 from jaxvit.analysis.similarity import cosine
 from jaxvit.interventions.grids import Grid
 from jaxvit.io import parallel
-from jaxvit.io.batches import Images, batches_of, images_and_valid
+from jaxvit.io.batches import Images, batches_of, images_and_valid, spread_batches
 from jaxvit.io.images import Batch
 from jaxvit.io.progress import bar, length, track
 from jaxvit.model.edits import Edit, Edits, Operation, by_layer, normalise_edits
@@ -97,9 +97,7 @@ def sweep(
       ValueError: no images, a metric that is not about each image, or an axis of the grid called `image` or `metric`;
         processes with other images.
     """
-    if mesh is not None:
-        mesh = parallel.local(mesh)
-        model = parallel.place(model, mesh)
+    model, mesh = parallel.working(model, mesh)
     takes = tuple({**as_takes(record_clean), "resid_pre": Take()}.items())
     _check(batch_size, grid)
     measure = _together(metric)
@@ -278,15 +276,9 @@ def attribute(
     batch_size = min(batch_size, len(grid))
     points, programs, results, labels = _filled(grid.points, batch_size), None, [], []
     takes = tuple({**as_takes(record_clean), "resid_pre": Take()}.items())
-    if mesh is not None:
-        mesh = parallel.local(mesh)
-        model = parallel.place(model, mesh)
-    for each in track(batches_of(images), "attribution", enabled=progress):
-        batch, valid = images_and_valid(each)
-        if mesh is not None and not results:
-            parallel.check_shares(batch)
-        labels.append(each.indices[valid] if isinstance(each, Batch) else None)
-        batch, valid = parallel.filled(batch, valid, mesh)
+    model, mesh = parallel.working(model, mesh)
+    for each, batch, valid in spread_batches(track(batches_of(images), "attribution", enabled=progress), mesh):
+        labels.append(each.indices[each.valid] if isinstance(each, Batch) else None)
         clean = _run(model, batch, takes)
         programs = programs or _attribution_programs(
             *_traced(model, clean, make_edits, metric, points, (), gradient=True)[:2]
@@ -294,8 +286,6 @@ def attribute(
         slopes, values = programs.slopes(model, clean, points, patches=grid_of(model, batch))
         estimates = programs.estimates(model, clean, slopes, values, points, batch_size=batch_size)
         results.append(parallel.fetch(estimates)[: len(grid), valid])
-    if mesh is not None and not results:
-        parallel.check_shares(None)
     if not results:
         raise ValueError("no images to run")
     values = np.concatenate(results, axis=1)

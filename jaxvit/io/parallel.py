@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import secrets
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,6 +166,14 @@ def copied(tree: PyTree[Any], mesh: Mesh) -> PyTree[Array]:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def working(model: Any, mesh: Mesh | None) -> tuple[Any, Mesh | None]:
+    """A model, or any arrays, on the devices of this process, and these. Without a mesh both as they are."""
+    if mesh is None:
+        return model, None
+    mesh = local(mesh)
+    return place(model, mesh) if isinstance(model, ViT) else copied(model, mesh), mesh
+
+
 def filled(images: Array | np.ndarray, valid: np.ndarray, mesh: Mesh | None) -> tuple[Any, np.ndarray]:
     """Images in a number that devices can share, on them: the last one again where it does not.
 
@@ -216,14 +225,18 @@ def wait(name: str = "") -> None:
     """Waits, for as long as it takes, until every process has come here.
 
     Raises:
-      ProcessesError: one of them has ended.
+      ProcessesError: one of them has ended, or waits under another name: it has failed where others went on.
     """
     if jax.process_count() == 1:
         return
+    from jax.experimental.multihost_utils import process_allgather
     from orbax.checkpoint import multihost  # collectives would give up after half a minute on a CPU
 
     with together():
-        multihost.get_barrier_sync_fn()(key=f"jaxvit {next(_waits)} {name}", timeout_ms=10 * 24 * 3600 * 1000)
+        multihost.get_barrier_sync_fn()(key=f"jaxvit {next(_waits)}", timeout_ms=10 * 24 * 3600 * 1000)
+        names = process_allgather(np.uint32(zlib.crc32(name.encode())))
+    if len(set(names.tolist())) > 1:
+        raise ProcessesError(f"processes of this run no longer do the same: this one is at {name!r}, see the others")
 
 
 def check_disk(folder: Path) -> None:
