@@ -82,8 +82,8 @@ def reported(options: argparse.Namespace) -> int:
     except (KeyboardInterrupt, Interrupted):
         print(f"\nstopped; {resumable}", file=sys.stderr)
         return 130
-    except parallel.ProcessesError as error:
-        print(f"error: {error}; {resumable}", file=sys.stderr)
+    except parallel.ProcessesError:
+        raise  # an OSError that only whoever watches the processes can report
     except MemoryError:
         print(f"error: out of memory; take a smaller --batch-size; {resumable}", file=sys.stderr)
     except OSError as error:

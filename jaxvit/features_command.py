@@ -121,9 +121,8 @@ def written(
     except errors() as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except jaxvit.parallel.ProcessesError as error:
-        print(f"error: {error}: what is done is kept in {options.out}.parts, --resume goes on", file=sys.stderr)
-        return 1
+    except jaxvit.parallel.ProcessesError:
+        raise  # an OSError that only whoever watches the processes can report
     except OSError as error:
         partial = Path(f"{options.out}.partial")
         kept = f": what is done is kept in {partial}, --resume goes on" if partial.is_dir() else f": {error.filename}"

@@ -17,6 +17,9 @@ ends, all end; --resume goes on, also with another number of processes."""
 WORKER = "JAXVIT_WORKER"
 """Set in the process that works, below the one that watches it: JAX ends a process without a word to Python."""
 
+LOST = 75
+"""Status of a worker that lost another process: EX_TEMPFAIL of sysexits.h."""
+
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
     """The options for several processes."""
@@ -54,7 +57,8 @@ def in_processes(parser: argparse.ArgumentParser, options: argparse.Namespace, w
         parallel.start(*given, heartbeat=options.heartbeat)
         status = work()
     except parallel.ProcessesError as error:
-        print(f"error: {error}; --resume goes on from what is done", file=sys.stderr)
+        print(f"\n{error}", file=sys.stderr)
+        status = LOST  # JAX may be writing its own report: the last word is with the process that watches
     except BaseException:
         traceback.print_exc()
     if status:
@@ -78,7 +82,7 @@ def watched() -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     # On lines of their own: a worker that is killed leaves its progress bar behind.
-    if status == -signal.SIGABRT:
+    if status in (LOST, -signal.SIGABRT):
         print(
             "\nerror: another process of this run has ended, or cannot be reached (JAX's own report is above); start "
             "all of them again with --resume, which goes on from what is done",
@@ -86,4 +90,4 @@ def watched() -> int:
         )
     elif status < 0:
         print(f"\nerror: the worker was ended by {signal.Signals(-status).name}; --resume goes on", file=sys.stderr)
-    return 1 if status < 0 else status
+    return 1 if status < 0 or status == LOST else status

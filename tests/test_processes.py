@@ -1,5 +1,6 @@
 """Several real processes on this machine: they give what one gives, and when one ends, all end and can go on."""
 
+import argparse
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import jaxvit
 from experiments.__main__ import main as experiments
 from experiments.runner.parts import dealt, missing, run_parts
 from experiments.runner.store import Store
-from jaxvit import Preprocess, ViTConfig
+from jaxvit import Preprocess, ViTConfig, processes
 from jaxvit.features_command import main as features
 
 HERE = Path(__file__).parent
@@ -275,3 +276,23 @@ def test_options_that_make_no_run_are_refused(capsys, toys, words, why):
     with pytest.raises(SystemExit):
         features([str(toys / "model"), str(toys / "images"), *words])
     assert why in capsys.readouterr().err
+
+
+def test_who_watches_says_that_another_process_was_lost(monkeypatch, capfd):
+    """Also where the worker learned of it from Python, and JAX had the last word of it."""
+    program = "import sys; sys.stderr.write('JAX: PollForError'); sys.exit(75)"
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", program])
+    assert processes.watched() == 1
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: another process of this run has ended")
+
+    def lost() -> int:
+        raise jaxvit.parallel.ProcessesError("another process of this run has ended")
+
+    monkeypatch.setenv(processes.WORKER, "1")
+    monkeypatch.setattr(jaxvit.parallel, "start", lambda *given, heartbeat: None)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    parser = argparse.ArgumentParser()
+    processes.add_processes(parser)
+    with pytest.raises(SystemExit) as ended:
+        processes.in_processes(parser, parser.parse_args(["--distributed"]), lost)
+    assert ended.value.code == processes.LOST
