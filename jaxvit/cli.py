@@ -12,6 +12,7 @@ HELP = """Vision Transformers as JAX values: convert PyTorch checkpoints, prove 
   jaxvit look PHOTO ..                     what a model sees in a photograph, in one picture
   jaxvit features MODEL IMAGES             features of many images, on disk
   jaxvit evaluate MODEL                    scores of tasks, clean and under interventions
+  jaxvit finetune MODEL                    train a head, the last blocks or low-rank additions on labelled images
   jaxvit convert SOURCE DEST               a PyTorch checkpoint to a jaxvit model
   jaxvit verify DEST ORIGINAL              compare a converted model with its original, layer by layer
   jaxvit show DEST                         what a converted model is, where it comes from, how equal it is
@@ -20,6 +21,7 @@ HELP = """Vision Transformers as JAX values: convert PyTorch checkpoints, prove 
   jaxvit run --models MODEL ..             the experiments of Lappe & Giese 2025 on models and images, with a report
   jaxvit A3 --models MODEL ..              one experiment: A1 to A9 of the paper, B1 to B7 beyond it
   jaxvit sensitivity --models MODEL ..     three experiments under every reading of the paper
+  jaxvit train-matched                     small models trained alike but for registers, or what [CLS] may read
 
 For example
 
@@ -34,6 +36,8 @@ For example
 # Nothing is imported before it is known what is asked for: JAX alone takes a second.
 COMMANDS = {"look": ("jaxvit.look_command", "experiments"), "features": ("jaxvit.features_command", "features")}
 COMMANDS |= {"evaluate": ("jaxvit.experiments.evaluate.command", "experiments")}
+COMMANDS |= {"finetune": ("jaxvit.finetune_command", "training")}
+COMMANDS |= {"train-matched": ("jaxvit.experiments.matched.command", "experiments")}
 """Command -> its module, and the extra that has what it needs."""
 CONVERTER = ("convert", "verify", "show", "list", "export")
 EXPERIMENTS = ("run", "sensitivity")

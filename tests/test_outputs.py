@@ -189,7 +189,7 @@ def test_gradients(remat):
 
 def test_in_pieces_and_chunks(monkeypatch):
     """As large batches go through the blocks on a CPU; with edits that differ between images."""
-    monkeypatch.setattr(run, "PIECE_BYTES", 1)
+    monkeypatch.setattr(run, "PART_BYTES", 1)
     monkeypatch.setattr(run, "CHUNK_BYTES", 1)
     model = built("registers")
     edits = {"z": random_edits(model.config, "tokens", "all")["z"]}

@@ -86,8 +86,8 @@ def forms(monkeypatch):
 
     def form(pieces, chunk_bytes=2**24, rows=192):
         jax.clear_caches()
-        monkeypatch.setattr(run, "PIECE_BYTES", 1)
-        monkeypatch.setattr(run, "pieces_on_cpu", lambda m, x, edits: PIECES(m, x, edits) and min(pieces, len(x)))
+        monkeypatch.setattr(run, "PART_BYTES", 1)
+        monkeypatch.setattr(run, "parts_on_cpu", lambda m, x, edits: PARTS(m, x, edits) and min(pieces, len(x)))
         monkeypatch.setattr(attention, "LEAST_BYTES", 0)
         monkeypatch.setattr(run, "CHUNK_BYTES", chunk_bytes)
         monkeypatch.setattr(attention, "ROWS", rows)
@@ -96,7 +96,7 @@ def forms(monkeypatch):
     jax.clear_caches()
 
 
-PIECES = run.pieces_on_cpu
+PARTS = run.parts_on_cpu
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -126,11 +126,11 @@ def test_a_program_is_cut_as_it_says(model, images, forms):
 
 def test_small_models_are_not_cut(model, images):
     jax.clear_caches()
-    assert run.pieces_on_cpu(model, jnp.zeros((B, T, 32)), {}) == 0
+    assert run.parts_on_cpu(model, jnp.zeros((B, T, 32)), {}) == 0
     assert [len(parts) for parts in attention.tiles((B, T, 4, 8), T)] == [1, 1]
     small = ViTConfig.dinov2("small", 4)
     shapes = [(1, 261, 384), (8, 261, 384), (2, 1374, 384)]
-    pieces = [run.pieces_on_cpu(abstract(small), jnp.zeros(shape, "float32"), {}) for shape in shapes]
+    pieces = [run.parts_on_cpu(abstract(small), jnp.zeros(shape, "float32"), {}) for shape in shapes]
     assert pieces == [1, min(8, 2 * run.cores()), 2]
 
 

@@ -92,12 +92,25 @@ def test_examples_of_many_devices(monkeypatch, tmp_path):
 def test_no_page_has_examples_that_are_not_run():
     """Here, in test_docs.py, and in test_run.py."""
     run = {"features.md", "interventions.md", "which-registers.md", "experiments.md"}
-    run |= {"recipes.md", "from-flax-dinov2.md", "parallel.md"}
+    run |= {"recipes.md", "from-flax-dinov2.md", "parallel.md", "training.md"}
     assert {name for name, page in PAGES.items() if "```python" in page} == run
 
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 200
+
+
+def test_examples_of_training(monkeypatch, tmp_path):
+    names = run_examples(PAGES["training.md"], monkeypatch, tmp_path)
+    assert names["losses"][-1] < 0.7 * names["losses"][0]
+    before, after = (jaxvit.functional(names[each])[1] for each in ("model", "tuned"))
+    same = {name for name in before if (before[name] == after[name]).all()}
+    assert same >= {"patch_embed.kernel", "cls", "registers", "norm.scale"} and "head.linear.kernel" not in same
+    qkv, fc1 = (
+        [(before[f"blocks.{n}.kernel"][l] != after[f"blocks.{n}.kernel"][l]).any() for l in range(4)]
+        for n in ("attn.qkv", "mlp.fc1")
+    )
+    assert all(qkv) and fc1 == [False, False, True, True]
 
 
 def test_links_lead_somewhere():

@@ -16,6 +16,7 @@ LIBRARY = {
     "analysis": ("model", "io"),
     "interventions": ("model", "io", "analysis"),
     "tasks": ("model", "io", "analysis", "interventions"),
+    "training": ("model", "io", "analysis", "interventions"),
 }
 PAPER = {
     "core": (),
@@ -25,6 +26,7 @@ PAPER = {
     "evaluate": ("core", "models"),
     "report": ("core", "models"),
     "runner": ("core", "models", "paper", "beyond", "report"),
+    "matched": ("core", "models", "runner"),
 }
 ROOMS = [("jaxvit", room, before) for room, before in LIBRARY.items()]
 ROOMS += [("jaxvit.experiments", room, before) for room, before in PAPER.items()]

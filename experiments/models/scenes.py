@@ -11,6 +11,7 @@ background: each of its points is known in both. Everything follows from the num
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,6 +74,7 @@ def outline(name: str) -> list[list[tuple[float, float]]]:
     raise ValueError(f"there is no shape {name!r}")
 
 
+@lru_cache(maxsize=len(CLASSES))
 def stencil(name: str, size: int = 4 * SIZE) -> Image.Image:
     """A shape, white on black, that fills most of a square."""
     picture = Image.new("L", (size, size), 0)
@@ -82,10 +84,16 @@ def stencil(name: str, size: int = 4 * SIZE) -> Image.Image:
     return picture
 
 
-def crop_of(photographs: Sequence[Path], rng: np.random.Generator) -> Image.Image:
+def opened(photograph: Path | Image.Image) -> Image.Image:
+    if isinstance(photograph, Image.Image):
+        return photograph
+    with Image.open(photograph) as picture:
+        return picture.convert("RGB")
+
+
+def crop_of(photographs: Sequence[Path | Image.Image], rng: np.random.Generator) -> Image.Image:
     """A random square of a random photograph, at random mirrored, SIZE pixels wide."""
-    with Image.open(photographs[rng.integers(len(photographs))]) as opened:
-        picture = opened.convert("RGB")
+    picture = opened(photographs[rng.integers(len(photographs))])
     side = rng.uniform(0.5, 1.0) * min(picture.size)
     left, top = (rng.uniform(0, n - side) for n in picture.size)
     cut = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
@@ -102,11 +110,12 @@ def placed(picture: Image.Image, scale: float, angle: float, centre: tuple[float
     return picture.transform((SIZE, SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
 
 
-def draw(number: int, photographs: Sequence[Path], view: int = 0) -> Scene:
+def draw(number: int, photographs: Sequence[Path | Image.Image], view: int = 0) -> Scene:
     """The scene of this number; its class is the number modulo ten.
 
     Args:
-      photographs: files that textures and backgrounds come from, in an order that stays.
+      photographs: files that textures and backgrounds come from, in an order that stays; where many scenes are drawn,
+        as pictures in RGB, so that they are not decoded for each.
       view: 0, or another one with the same shape and texture.
     """
     label = number % len(CLASSES)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxvit.model.attention import Form, Kernel, Rope, check_kernel, cuts, joined
 from jaxvit.model.edits import Edits, Operation, Shuffle, by_layer, check_edits, normalise_edits
 from jaxvit.model.layers import identity
+from jaxvit.model.pieces import Piece, cut, replaced
 from jaxvit.model.positions import rotary
 from jaxvit.model.programs import Program, is_traced, kept
 from jaxvit.model.sites import Plan, Record, Run, Wanted, recording_plan
@@ -64,6 +65,7 @@ def run_blocks(
     remat: Remat = "none",
     kernel: Kernel = "auto",
     outputs: Outputs = "all",
+    pieces: Sequence[Piece] = (),
 ) -> Ran:
     """Runs the layers of `plan`. Is traced: call it inside of a compiled function.
 
@@ -74,22 +76,25 @@ def run_blocks(
       remat: what a backward pass computes again.
       kernel: see `jaxvit.model.attention.Kernel`.
       outputs: of which tokens the stream is wanted.
+      pieces: parameters of some layers that stand in for the model's; not with `first`.
     """
     rows = None if outputs == "all" else model.prefix
     run = partial(_run, plan=plan, grid=grid, measure=measure, remat=remat, rows=rows)
     whole = partial(run, kernel=kernel)
-    if kernel == "cudnn" or not (pieces := pieces_on_cpu(model, x_BTD, edits)):
-        return whole(model, x_BTD, edits, first)
-    on_cpu = partial(run, kernel="cpu", pieces=pieces)
+    args = (model, tuple(pieces), x_BTD, edits, first)
+    if kernel == "cudnn" or not (parts := parts_on_cpu(model, x_BTD, edits)):
+        return whole(*args)
+    on_cpu = partial(run, kernel="cpu", parts=parts)
     chunks = 1 if measure is not None else chunks_on_cpu(model, x_BTD)
     if chunks > 1:
-        on_cpu = partial(in_chunks, partial(run, kernel="cpu", pieces=min(pieces, len(x_BTD) // chunks)), chunks)
+        on_cpu = partial(in_chunks, partial(run, kernel="cpu", parts=min(parts, len(x_BTD) // chunks)), chunks)
     # Around all layers, so that a backward pass keeps nothing for the other platforms.
-    return jax.lax.platform_dependent(model, x_BTD, edits, first, cpu=on_cpu, default=whole)
+    return jax.lax.platform_dependent(*args, cpu=on_cpu, default=whole)
 
 
 def _run(
     model: ViT,
+    pieces: tuple[Piece, ...],
     x_BTD: Array,
     edits: Any,
     first: Array | None,
@@ -100,13 +105,13 @@ def _run(
     remat: Remat,
     kernel: Form,
     rows: int | None,
-    pieces: int = 1,
+    parts: int = 1,
 ) -> Ran:
-    """`run_blocks`, with images in independent pieces through each block, and the last one for the first `rows`."""
+    """`run_blocks`, with images in independent parts through each block, and the last one for the first `rows`."""
     depth = model.config.depth
     scanned, of_layer = by_layer(edits, depth)
     apply_rope = rope_for(model, grid, x_BTD.shape[1])
-    parts = cuts(len(x_BTD), pieces) if pieces > 1 else [slice(None)]
+    images = cuts(len(x_BTD), parts) if parts > 1 else [slice(None)]
 
     def step(
         xs: tuple[Array, ...], block: Block, edits: list[Array], layer: Array, wanted: Wanted, rows: int | None
@@ -114,8 +119,8 @@ def _run(
         every, taps, new = of_layer(edits), [], []
         if rows is not None:
             every = of_prefix(every, rows)
-        for x, part in zip(xs, parts, strict=True):
-            taps.append(Tap(dict(wanted), every if pieces == 1 else of_images(every, part), model.prefix))
+        for x, part in zip(xs, images, strict=True):
+            taps.append(Tap(dict(wanted), every if parts == 1 else of_images(every, part), model.prefix))
             new.append(block(x, taps[-1], apply_rope, kernel, rows))
         trace = {site: joined([tap.trace[site] for tap in taps]) for site in taps[0].trace}
         return tuple(new), (trace if measure is None else measure(trace, block, layer))
@@ -124,13 +129,18 @@ def _run(
         step = jax.checkpoint(step, prevent_cse=False, static_argnums=(4, 5))
 
     def numbered(
-        xs: tuple[Array, ...], layer: Array | int, wanted: Wanted, rows: int | None = None
+        xs: tuple[Array, ...],
+        layer: Array | int,
+        wanted: Wanted,
+        rows: int | None = None,
+        own: tuple[tuple[Array, ...], ...] = (),
+        names: tuple[str, ...] = (),
     ) -> tuple[tuple[Array, ...], Any]:
         at = partial(jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False)
         block, edits = jax.tree.map(at, (model.blocks, scanned))
-        return step(xs, block, edits, jnp.asarray(layer), wanted, rows)
+        return step(xs, replaced(block, names, own) if names else block, edits, jnp.asarray(layer), wanted, rows)
 
-    xs, found = tuple(x_BTD[part] for part in parts) if pieces > 1 else (x_BTD,), []
+    xs, found = tuple(x_BTD[part] for part in images) if parts > 1 else (x_BTD,), []
 
     def first_rows(xs: tuple[Array, ...]) -> tuple[Array, ...]:
         return xs if rows is None else tuple(x[:, :rows] for x in xs)
@@ -146,21 +156,25 @@ def _run(
         return Ran(jnp.where(there, stream, jnp.nan), {}, None)  # another layer's answer would be wrong silently
 
     narrow = rows is not None and plan.runs and narrows(edits, plan.runs[-1].wanted)
-    runs = with_last_alone(plan.runs) if narrow else plan.runs
+    runs = cut(with_last_alone(plan.runs) if narrow else plan.runs, pieces)
     for run in runs:
+        here = [piece for piece in pieces if piece.covers(run)]
+        names, own = tuple(piece.name for piece in here), tuple(piece.of_layers(run) for piece in here)
         if narrow and run is runs[-1]:
-            xs, new = numbered(xs, run.start, run.wanted, rows)
+            xs, new = numbered(xs, run.start, run.wanted, rows, jax.tree.map(lambda a: a[0], own), names)
             found.append(jax.tree.map(lambda a: a[None], new))
             continue
         layers = jnp.arange(run.start, run.stop)
-        if run.stop - run.start == depth:
+        if run.stop - run.start == depth and not here:
             xs, new = jax.lax.scan(lambda x, xs: step(x, *xs, run.wanted, None), xs, (model.blocks, scanned, layers))  # noqa: B023
         else:  # by number: slices of the parameters for each run would be copies of them
-            xs, new = jax.lax.scan(lambda x, i: numbered(x, i, run.wanted), xs, layers)  # noqa: B023
+            xs, new = jax.lax.scan(lambda x, i: numbered(x, i[0], run.wanted, None, i[1], names), xs, (layers, own))  # noqa: B023
         found.append(new)
     x = joined(first_rows(xs))
     if measure is not None:
-        return Ran(x, {}, found[0] if found else None)
+        return Ran(
+            x, {}, jax.tree.map(lambda *a: a[0] if len(a) == 1 else jnp.concatenate(a), *found) if found else None
+        )
     trace: dict[str, Any] = {}
     for new in found:
         for site, value in new.items():
@@ -171,28 +185,28 @@ def _run(
     return Ran(x, trace, None)
 
 
-# --- on a CPU: images in pieces
+# --- on a CPU: images in independent parts
 
-PIECES = 8
+PARTS = 8
 """At most so many: each makes the program larger."""
-PIECE_BYTES = 2**19
-"""The largest activation of a piece has at least as much: below, pieces only take longer to compile."""
+PART_BYTES = 2**19
+"""The largest activation of a part has at least as much: below, parts only take longer to compile."""
 CHUNK_BYTES = 2**24
 """As much of the largest activation as goes through all layers at once on a CPU: more leaves the caches."""
 
 
-def pieces_on_cpu(model: ViT, x_BTD: Array, edits: Any) -> int:
-    """Into how many pieces images are split in a program for a CPU.
+def parts_on_cpu(model: ViT, x_BTD: Array, edits: Any) -> int:
+    """Into how many parts images are split in a program for a CPU.
 
     XLA's CPU backend leaves cores idle within an operation, and runs independent ones at the same time: twice as many
-    pieces as cores keep them busy. 0: images stay together, where an edit mixes them and where they may be sharded. A
+    parts as cores keep them busy. 0: images stay together, where an edit mixes them and where they may be sharded. A
     process with several CPU devices may shard them in ways that cannot be seen here.
     """
     mixes = any(isinstance(edit, Shuffle) for each in edits.values() for edit in each)
     sharded = any(axis is not None for axis in jax.typeof(x_BTD).sharding.spec[:1])
     if mixes or sharded or jax.local_device_count("cpu") > 1 or not isinstance(x_BTD.shape[0], int) or x_BTD.size == 0:
         return 0
-    return min(len(x_BTD), 2 * cores(), PIECES, len(x_BTD) * bytes_of_image(model, x_BTD) // PIECE_BYTES)
+    return min(len(x_BTD), 2 * cores(), PARTS, len(x_BTD) * bytes_of_image(model, x_BTD) // PART_BYTES)
 
 
 @cache
@@ -244,7 +258,15 @@ def of_images(edits: Any, part: slice) -> Any:
     return jax.tree.map(lambda a: a[part] if a.ndim and a.shape[0] > 1 else a, edits)
 
 
-def in_chunks(run: Callable[..., Ran], chunks: int, model: ViT, x_BTD: Array, edits: Any, first: Array | None) -> Ran:
+def in_chunks(
+    run: Callable[..., Ran],
+    chunks: int,
+    model: ViT,
+    pieces: tuple[Piece, ...],
+    x_BTD: Array,
+    edits: Any,
+    first: Array | None,
+) -> Ran:
     """`run` of chunks of images, one after another."""
 
     def split(a: Array, axis: int) -> Array:
@@ -262,7 +284,7 @@ def in_chunks(run: Callable[..., Ran], chunks: int, model: ViT, x_BTD: Array, ed
         x, own = chunk
         mine = iter(own)
         every = [next(mine) if varies else leaf for leaf, varies in zip(leaves, differ, strict=True)]
-        ran = run(model, x, jax.tree.unflatten(structure, every), first)
+        ran = run(model, pieces, x, jax.tree.unflatten(structure, every), first)
         return ran.stream, ran.trace
 
     of_chunks = [split(leaf, 1) for leaf, varies in zip(leaves, differ, strict=True) if varies]

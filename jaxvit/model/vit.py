@@ -367,8 +367,8 @@ class ViT(nnx.Module):
             raise ValueError(f"images are {images.dtype}; expected normalised numbers: use jaxvit.prepare")
         return self.config.layout(*images.shape[1:3]).grid
 
-    def embedding(self, images: Array) -> Array:
-        """`embed` as part of a program, without its checks."""
+    def embedding(self, images: Array, masked_BN: Array | None = None) -> Array:
+        """`embed` as part of a program, without its checks; the mask token stands in for masked patches."""
         layout, p, C = self.config.layout(*images.shape[1:3]), self.config.patch, self.config.channels
         B, (rows, columns) = images.shape[0], layout.grid
         with jax.named_scope("embed"):
@@ -376,6 +376,9 @@ class ViT(nnx.Module):
             strips = images.astype(self.dtype).reshape(B, rows, p, columns * p, C)
             pixels = strips.reshape(B, rows, p, columns, p, C).swapaxes(2, 3)
             patches_BND = self.patch_norm(self.patch_embed(jax.lax.collapse(jax.lax.collapse(pixels, 3), 1, 3)))
+            if masked_BN is not None and self.mask_token is not None:
+                hidden = self.mask_token[...][None, None].astype(patches_BND.dtype)
+                patches_BND = jnp.where(masked_BN[..., None], hidden, patches_BND)
             # One sum of [0, patches] and [cls, registers, positions] instead of a concatenation with tokens that must
             # first be copied for each image: it holds as it is when images are sharded. In half precision positions
             # are computed in float32, and the sum is rounded once.
@@ -454,7 +457,7 @@ def _forward(
     model: ViT, images: Array, edits: Any, *, plan: Plan, grid: tuple[int, int], outputs: Outputs, **how: Any
 ) -> Output | PrefixOutput:
     ran = run_blocks(model, model.embedding(images), edits, plan, grid=grid, outputs=outputs, **how)
-    return _outputs(model, ran, outputs)
+    return outputs_of(model, ran, outputs)
 
 
 @partial(jax.jit, static_argnames=("plan", "grid", "outputs", "remat", "kernel"))
@@ -470,10 +473,11 @@ def _forward_from(
     **how: Any,
 ) -> Output | PrefixOutput:
     ran = run_blocks(model, stream, edits, plan, grid=grid, first=layer, outputs=outputs, **how)
-    return _outputs(model, ran, outputs)
+    return outputs_of(model, ran, outputs)
 
 
-def _outputs(model: ViT, ran: Ran, outputs: Outputs) -> Output | PrefixOutput:
+def outputs_of(model: ViT, ran: Ran, outputs: Outputs) -> Output | PrefixOutput:
+    """What a run gives, as part of a program."""
     if outputs == "all":
         return model.outputs(ran.stream, ran.trace)
     return model.prefix_outputs(ran.stream, ran.trace, registers=outputs == "prefix")
