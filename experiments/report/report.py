@@ -21,6 +21,7 @@ from ..core.charts import COLOURS, inline_svg, listed, ordered, styled
 from ..core.controls import NONE, in_order
 from ..core.experiment import About, Experiment, Option, Table
 from ..core.passes import Pass
+from ..models.subjects import SCENES
 
 TEMPLATE = Path(__file__).with_name("report.html")
 REGISTERS = {"none": "none", "trained": "trained with it", "test-time": "test-time, appended", "random": "random"}
@@ -209,6 +210,14 @@ def warnings(results: Mapping[str, Any], models: Mapping[str, About]) -> str:
             f"<b>Random weights; not evidence.</b> {who} random weights, marked as such"
             ' <span class="mark">random</span> wherever they are told apart. What they give shows that '
             "the code runs, and says nothing about trained Vision Transformers."
+        )
+    small = [key for key, each in models.items() if each.family == SCENES]
+    if small:
+        most = max(models[key].parameters for key in small)
+        found.append(
+            f"<b>Small models of synthetic scenes.</b> {names_of(small, models)} {'were' if len(small) > 1 else 'was'} "
+            f"trained by this project, on generated pictures of ten shapes, with at most {most:,} parameters. What holds "
+            "for them need not hold for a large model of photographs."
         )
     if Path(results["images"].get("folder", "")) in (
         embedded.DATA / "photographs",
