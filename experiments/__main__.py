@@ -29,6 +29,7 @@ import numpy as np
 import jaxvit
 from jaxvit import convert
 from jaxvit.io import embedded, parallel
+from jaxvit.machine import add_machine, on_machine
 from jaxvit.processes import add_processes, in_processes
 
 from .core import labelled
@@ -77,7 +78,7 @@ def reported(options: argparse.Namespace) -> int:
     """Runs experiments, and says in one line what went wrong."""
     resumable = f"what was finished is kept in {options.out}: the same command with --resume goes on from there"
     try:
-        with terminable():
+        with on_machine(options), terminable():
             return run(options)
     except (KeyboardInterrupt, Interrupted):
         print(f"\nstopped; {resumable}", file=sys.stderr)
@@ -148,6 +149,7 @@ def common(command: argparse.ArgumentParser) -> None:
     )
     how = command.add_argument_group("running")
     add_processes(command)
+    add_machine(command)
     how.add_argument("--plugin", nargs="+", metavar="FILE", help="experiments of your own: see docs/experiments.md")
     how.add_argument("--out", type=user_path, help="folder for the results (default: out/ and the preset's name)")
     how.add_argument("--resume", action="store_true", help="continue the run in --out; only what is new is measured")

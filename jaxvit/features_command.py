@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxvit.machine import add_machine, on_machine
 from jaxvit.processes import add_processes, in_processes
 
 from .look_command import DEMO, errors, opened_model, size_of
@@ -63,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--overwrite", action="store_true", help="replace the file, or a run that was interrupted")
     add_reading(made)
     add_processes(made)
+    add_machine(made)
     return made
 
 
@@ -100,24 +102,25 @@ def written(
         writer_for(options.out)  # before anything is loaded
         images = open_images(options.images, labelled=options.labelled)
         model, provenance = opened_model(options.model, reading, options.compute or "float32")
-        found = jaxvit.features(
-            model,
-            images,
-            options.take,
-            out=options.out,
-            size=size,
-            windows=jaxvit.Windows(window, options.overlap) if window else None,
-            crop=not options.no_crop,
-            batch_size=options.batch_size,
-            dtype=options.dtype,
-            mesh=mesh,
-            workers=options.workers,
-            on_error=name_it,
-            resume=options.resume,
-            overwrite=options.overwrite,
-            progress=sys.stderr.isatty(),
-            provenance=provenance,
-        )
+        with on_machine(options):
+            found = jaxvit.features(
+                model,
+                images,
+                options.take,
+                out=options.out,
+                size=size,
+                windows=jaxvit.Windows(window, options.overlap) if window else None,
+                crop=not options.no_crop,
+                batch_size=options.batch_size,
+                dtype=options.dtype,
+                mesh=mesh,
+                workers=options.workers,
+                on_error=name_it,
+                resume=options.resume,
+                overwrite=options.overwrite,
+                progress=sys.stderr.isatty(),
+                provenance=provenance,
+            )
     except errors() as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .look_command import DEMO, errors, opened_model
+from .machine import add_machine, on_machine
 
 TEXT = """Trains a model to tell classes apart: a new head alone, the last blocks, low-rank additions, or all of it.
 
@@ -64,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     made.add_argument("--overwrite", action="store_true", help="replace OUT, or a run that was interrupted")
     add_reading(made)
+    add_machine(made)
     return made
 
 
@@ -115,14 +117,15 @@ def tuned(options: argparse.Namespace, reading: Any) -> int:
     def told(epoch: int, loss: float, accuracy: float) -> None:
         print(f"epoch {epoch}: loss {loss:.3f}, accuracy {100 * accuracy:.1f} %", flush=True)
 
-    found = finetune(
-        *(model, images, options.train, recipe),
-        head=options.head == "linear",
-        variation=variation,
-        checkpoints=partial / "checkpoints",
-        progress=sys.stderr.isatty(),
-        on_epoch=told,
-    )
+    with on_machine(options):
+        found = finetune(
+            *(model, images, options.train, recipe),
+            head=options.head == "linear",
+            variation=variation,
+            checkpoints=partial / "checkpoints",
+            progress=sys.stderr.isatty(),
+            on_epoch=told,
+        )
     jaxvit.save(found.model, options.out, provenance, overwrite=options.overwrite)
     record = asked | {"classes": list(images.classes), "learned": found.learned, "best epoch": found.best}
     record |= {"accuracy": found.accuracy, "loss": found.loss}
@@ -166,7 +169,7 @@ def labelled(options: argparse.Namespace) -> tuple[Any, str]:
 
 def asked_for(options: argparse.Namespace, title: str) -> dict[str, Any]:
     """What tells one run from another."""
-    left_out = {"out", "resume", "overwrite"}
+    left_out = {"out", "resume", "overwrite", "compilation_cache", "profile"}
     settings = {name: value for name, value in vars(options).items() if name not in left_out}
     return {"images": title, "options": {name: settings[name] for name in sorted(settings)}}
 

@@ -35,6 +35,7 @@ and the others act in all layers. Quote what holds < or a space."""
 
 def parser() -> argparse.ArgumentParser:
     from jaxvit.convert.__main__ import add_reading
+    from jaxvit.machine import add_machine
 
     made = argparse.ArgumentParser(
         prog="jaxvit evaluate", description=TEXT, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0, help="of noise, splits and intervals (%(default)s)")
     made.add_argument("--out", type=Path, default=Path("evaluate.json"), help="numbers as JSON (%(default)s)")
     add_reading(made)
+    add_machine(made)
     return made
 
 
@@ -63,6 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     from jaxvit.convert.__main__ import reading_of
     from jaxvit.io.provenance import versions
     from jaxvit.look_command import errors, opened_model, size_of
+    from jaxvit.machine import on_machine
 
     from . import data, study, under
 
@@ -82,16 +85,17 @@ def main(arguments: Sequence[str]) -> int:
             answers = data.generated(options.train, options.test, options.photographs)
         images = next(data.batches(model, map(answers.source, (0, 1)), 2, size))[0]
         under.check(interventions, model, images)
-        found = study.run(
-            model,
-            answers,
-            interventions,
-            options.tasks,
-            batch_size=options.batch_size,
-            size=size,
-            seed=options.seed,
-            progress=sys.stderr.isatty(),
-        )
+        with on_machine(options):
+            found = study.run(
+                model,
+                answers,
+                interventions,
+                options.tasks,
+                batch_size=options.batch_size,
+                size=size,
+                seed=options.seed,
+                progress=sys.stderr.isatty(),
+            )
         preparation = model.config.preprocess.at(size).in_words()
         about = {
             "model": {"source": provenance.to_dict(), "config": model.config.to_dict()},

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jaxvit.machine import add_machine, on_machine
+
 TEXT = """Trains small models alike but for one thing, such as registers, and compares what they become.
 
   jaxvit train-matched --preset tiny               3 arms, 3 seeds: minutes on two cores
@@ -43,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--photographs", type=Path, help="a folder of photographs for scenes, instead of those from PyPI")
     made.add_argument("--out", type=Path, default=Path("out/matched"), help="where models go (%(default)s)")
     made.add_argument("--limit", type=float, metavar="SECONDS", help="start no arm after so many seconds")
+    add_machine(made)
     return made
 
 
@@ -66,7 +69,8 @@ def main(arguments: Sequence[str]) -> int:
         preset = replace(preset, cells=cells)
     try:
         photographs = jaxvit.find_images(options.photographs or embedded.photographs())
-        results, missing = study(preset, photographs, options.out, began, options.limit, sys.stderr.isatty())
+        with on_machine(options):
+            results, missing = study(preset, photographs, options.out, began, options.limit, sys.stderr.isatty())
     except (jaxvit.CheckpointError, jaxvit.ImageError, embedded.DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -216,8 +216,8 @@ def warnings(results: Mapping[str, Any], models: Mapping[str, About]) -> str:
         most = max(models[key].parameters for key in small)
         found.append(
             f"<b>Small models of synthetic scenes.</b> {names_of(small, models)} {'were' if len(small) > 1 else 'was'} "
-            f"trained by this project, on generated pictures of ten shapes, with at most {most:,} parameters. What holds "
-            "for them need not hold for a large model of photographs."
+            f"trained by this project, on generated pictures of ten shapes, with at most {most:,} parameters. What "
+            "holds for them need not hold for a large model of photographs."
         )
     if Path(results["images"].get("folder", "")) in (
         embedded.DATA / "photographs",
