@@ -18,6 +18,7 @@ HELP = """Vision Transformers as JAX values: convert PyTorch checkpoints, prove 
   jaxvit show DEST                         what a converted model is, where it comes from, how equal it is
   jaxvit list                              known checkpoints: sizes, licences, hub ids
   jaxvit export DEST FILE --layout LAYOUT  back to a PyTorch state dict
+  jaxvit export-stablehlo MODEL OUT        a program that runs wherever JAX does, without jaxvit
   jaxvit run --models MODEL ..             the experiments of Lappe & Giese 2025 on models and images, with a report
   jaxvit A3 --models MODEL ..              one experiment: A1 to A9 of the paper, B1 to B7 beyond it
   jaxvit sensitivity --models MODEL ..     three experiments under every reading of the paper
@@ -36,6 +37,7 @@ For example
 # Nothing is imported before it is known what is asked for: JAX alone takes a second.
 COMMANDS = {"look": ("jaxvit.look_command", "experiments"), "features": ("jaxvit.features_command", "features")}
 COMMANDS |= {"evaluate": ("jaxvit.experiments.evaluate.command", "experiments")}
+COMMANDS |= {"export-stablehlo": ("jaxvit.stablehlo_command", "export")}
 COMMANDS |= {"finetune": ("jaxvit.finetune_command", "training")}
 COMMANDS |= {"train-matched": ("jaxvit.experiments.matched.command", "experiments")}
 """Command -> its module, and the extra that has what it needs."""

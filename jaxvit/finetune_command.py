@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
 def tuned(options: argparse.Namespace, reading: Any) -> int:
     """Trains, and writes the model; returns the exit status."""
     import jaxvit
-    from jaxvit.io.checkpoint import check_place
+    from jaxvit.io.checkpoint import TRAINING, check_place
     from jaxvit.training.finetune import Recipe, finetune
     from jaxvit.training.images import Variation
 
@@ -129,7 +129,7 @@ def tuned(options: argparse.Namespace, reading: Any) -> int:
     jaxvit.save(found.model, options.out, provenance, overwrite=options.overwrite)
     record = asked | {"classes": list(images.classes), "learned": found.learned, "best epoch": found.best}
     record |= {"accuracy": found.accuracy, "loss": found.loss}
-    (options.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (options.out / TRAINING).write_text(json.dumps(record, indent=1) + "\n")
     shutil.rmtree(partial)
     of = sum(a.size for a in jaxvit.functional(found.model)[1].values())
     before, best = found.accuracy[0], found.accuracy[found.best]

@@ -193,3 +193,5 @@ def test_the_command(model, tmp_path, capsys, monkeypatch):
     assert cli.main(["export", str(out), str(tmp_path / "timm.safetensors"), "--layout", "timm"]) == 0
     assert cli.main(command) == 1
     assert "already holds a model" in capsys.readouterr().err
+    assert cli.main([*command, "--overwrite", "--epochs", "1"]) == 0
+    assert len(json.loads((out / "training.json").read_text())["accuracy"]) == 2

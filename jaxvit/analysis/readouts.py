@@ -239,7 +239,7 @@ def read_out(
     readouts = parsed(take)
     check_fits(readouts, model)
     grid = model.check_images(images)
-    changes = checked_edits(model, edits, len(images), model.config.layout(*images.shape[1:3]).tokens)
+    changes = checked_edits(model, edits, images.shape[0], model.config.layout(*images.shape[1:3]).tokens)
     found = _read(model, images, changes, readouts=readouts, grid=grid)
     return {each.name: found[each.name] for each in readouts}  # programs sort the names of what they return
 
