@@ -41,7 +41,7 @@ from pathlib import Path
 import jax
 import jax.export
 import numpy as np
-from safetensors.flax import load_file
+from safetensors.numpy import load_file
 
 here = Path(__file__).parent
 program = jax.export.deserialize(bytearray((here / "program.stablehlo").read_bytes()))
