@@ -27,7 +27,6 @@ HELP = """Vision Transformers as JAX values: convert PyTorch checkpoints, prove 
 For example
 
   jaxvit look photo.jpg
-  jaxvit features dinov2-small photographs --out features.zarr --take cls patch_mean
   jaxvit convert facebook/dinov2-with-registers-small dinov2-small
   jaxvit run --models dinov2-small --images photographs --out report
 

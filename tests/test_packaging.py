@@ -188,7 +188,7 @@ def test_names_that_are_not_there():
 def test_help_teaches(capsys):
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"  jaxvit {command} " in out for command in (*cli.CONVERTER, *cli.EXPERIMENTS))
+    assert all(f"  jaxvit {command} " in out for command in (*cli.COMMANDS, *cli.CONVERTER, *cli.EXPERIMENTS))
     assert "facebook/dinov2-with-registers-small" in out and len(out.splitlines()) < 25
 
 
@@ -200,7 +200,7 @@ def test_unknown_commands(words, capsys):
     assert all(word in err for word in (*words[:1], "convert", "sensitivity", "jaxvit --help"))
 
 
-@pytest.mark.parametrize("command", [*cli.CONVERTER, *cli.EXPERIMENTS, "A3", "B7"])
+@pytest.mark.parametrize("command", [*cli.COMMANDS, *cli.CONVERTER, *cli.EXPERIMENTS, "A3", "B7"])
 def test_commands_have_help_of_their_own(command, capsys):
     with pytest.raises(SystemExit) as raised:
         cli.main([command, "--help"])
