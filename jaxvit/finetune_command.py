@@ -136,9 +136,10 @@ def tuned(options: argparse.Namespace, reading: Any) -> int:
     print(f"learned {found.learned:,} numbers for a model of {of:,}")
     print(f"accuracy on images held out: {100 * before:.1f} % before, {100 * best:.1f} % after epoch {found.best}")
     print(f"wrote {options.out}")
-    again = f"--labelled {options.labelled}" if options.labelled else ""
-    print(f"next: jaxvit evaluate {options.out} {again}".rstrip())
-    print(f"      jaxvit export {options.out} {options.out}.safetensors --layout timm")
+    if options.labelled:  # tested on the images that were held out, and on no other
+        split = f"--test-part {options.held} --seed {options.seed}"
+        print(f"next: jaxvit evaluate {options.out} --labelled {options.labelled} {split}")
+    print(f"next: jaxvit export {options.out} {options.out}.safetensors --layout timm")
     return 0
 
 

@@ -196,7 +196,7 @@ def finetune(
         variation=variation,
         seed=how.seed,
     )
-    learn, frozen = parts_of(model, train, key)
+    learn, frozen = parts_of(model, ["head", *train] if head else train, key)  # a new head always learns
     per_epoch = max(batches.epoch, 1)
     optimiser = how.optimiser(model.config.depth, how.epochs * per_epoch)
 
