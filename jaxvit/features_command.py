@@ -11,7 +11,7 @@ from typing import Any
 from jaxvit.machine import add_machine, on_machine
 from jaxvit.processes import add_processes, in_processes
 
-from .look_command import DEMO, errors, opened_model, size_of
+from .look_command import add_model, errors, opened_model, size_of
 
 TEXT = """Features of many images, on disk: any token, layer, head or site of a model, one row for each image.
 
@@ -38,11 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="jaxvit features", description=TEXT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument(
-        "model",
-        metavar="MODEL",
-        help=f"a converted folder, a checkpoint or a hub id; or {DEMO}, the model of jaxvit look",
-    )
+    add_model(made)
     made.add_argument("images", metavar="IMAGES", help="where the images are")
     made.add_argument("--out", type=Path, default=Path("features.zarr"), help="the file to write (%(default)s)")
     made.add_argument("--take", nargs="+", default=["cls"], metavar="WHAT", help="what to read (cls)")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .look_command import DEMO, errors, opened_model
+from .look_command import add_model, errors, opened_model
 from .machine import add_machine, on_machine
 
 TEXT = """Trains a model to tell classes apart: a new head alone, the last blocks, low-rank additions, or all of it.
@@ -35,11 +35,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="jaxvit finetune", description=TEXT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument(
-        "model",
-        metavar="MODEL",
-        help=f"a converted folder, a checkpoint or a hub id; or {DEMO}, the model of jaxvit look",
-    )
+    add_model(made)
     where = made.add_mutually_exclusive_group(required=True)
     where.add_argument("--labelled", metavar="WHERE", help="a folder of classes, or datasets:NAME[:SPLIT]")
     where.add_argument("--scenes", type=int, metavar="N", help="so many generated scenes")

@@ -120,6 +120,15 @@ DEMO = "demo"
 """What stands for the embedded model, where a command asks for one."""
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """MODEL of a command that takes one; `opened_model` reads it."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help=f"a converted folder, a checkpoint or a hub id; or {DEMO}, the model of jaxvit look",
+    )
+
+
 def is_demo(source: str) -> bool:
     return source == DEMO and not Path(source).exists()
 

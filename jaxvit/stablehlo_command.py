@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .look_command import DEMO, errors, opened_model, size_of
+from .look_command import add_model, errors, opened_model, size_of
 
 TEXT = """A model as a program of StableHLO that runs wherever JAX does, without jaxvit: on a CPU, a GPU, a TPU.
 
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="jaxvit export-stablehlo", description=TEXT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("model", metavar="MODEL", help=f"a converted folder, a checkpoint or a hub id; or {DEMO}")
+    add_model(made)
     made.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     made.add_argument("--take", nargs="+", default=["cls", "patches"], metavar="WHAT", help="outputs (cls patches)")
     made.add_argument(

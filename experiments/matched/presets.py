@@ -57,10 +57,6 @@ class Preset:
     seeds: int
     test: int = 1000
 
-    @property
-    def runs(self) -> int:
-        return len(self.cells) * len(self.arms) * self.seeds
-
     def first(self, count: int | None) -> Preset:
         return self if count is None else replace(self, cells=self.cells[:count])
 

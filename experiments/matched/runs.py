@@ -13,6 +13,7 @@ import numpy as np
 
 import jaxvit
 from jaxvit import Provenance
+from jaxvit.io.checkpoint import TRAINING
 from jaxvit.model.params import cast, from_params
 
 from ..models.subjects import TRAINED_HERE
@@ -23,7 +24,6 @@ from .measures import of_images
 from .presets import Cell, Preset
 from .train import measure, train
 
-RECORD = "training.json"
 POINTS = 200
 """Of a curve that is kept, each a mean over the steps around it."""
 
@@ -48,7 +48,7 @@ def finished(folder: Path, cell: Cell, name: str, preset: Preset) -> dict[str, A
     Raises:
       ValueError: there is a run of other settings.
     """
-    path = folder / RECORD
+    path = folder / TRAINING
     if not path.is_file():
         return None
     found = json.loads(path.read_text())
@@ -79,7 +79,7 @@ def run(
         model = from_params(config, jax.tree.map(lambda a: a[seed], trained.params))  # noqa: B023
         told = {"kind": TRAINED_HERE, "by": "jaxvit train-matched", "arm": name, "seed": seed}
         jaxvit.save(cast(model, "bfloat16"), folder / f"seed-{seed}", Provenance(source=told), overwrite=True)
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    (folder / TRAINING).write_text(json.dumps(record, indent=1) + "\n")
     return record
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Array
 from jaxvit import ViT, ViTConfig
 from jaxvit.io.progress import bar
 from jaxvit.model.params import Params, from_params, to_params
+from jaxvit.training import cross_entropy, decays
 
 from .arms import Arm, skip_share
 from .data import Scenes, normalised, shares, varied
@@ -49,7 +50,7 @@ class Recipe:
         rate = optax.warmup_cosine_decay_schedule(0.0, self.rate, self.warmup, max(self.steps, self.warmup + 1))
         return optax.chain(
             optax.clip_by_global_norm(1.0),
-            optax.adamw(rate, weight_decay=self.decay, mask=lambda params: {n: n.endswith("kernel") for n in params}),
+            optax.adamw(rate, weight_decay=self.decay, mask=decays),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,8 +107,7 @@ def loss_of(
     out = model(images, arm.changes(model), arm.records, remat=remat)
     assert out.logits is not None, "models of arms have classes"
     logits = out.logits.astype(jnp.float32)
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, config.classes), smoothing)
-    entropy = optax.softmax_cross_entropy(logits, targets).mean()
+    entropy = cross_entropy(logits, labels, smoothing)
     right = (logits.argmax(-1) == labels).mean(dtype=jnp.float32)
     of_patches = jax.nn.log_softmax((out.patches @ params[DENSE]).astype(jnp.float32))
     of_shape = jnp.take_along_axis(of_patches, 1 + labels[:, None, None], axis=2)[..., 0]

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxvit.model.config import ViTConfig
+from jaxvit.model.pieces import name_of
 from jaxvit.model.vit import Output, ViT
 
 Params = dict[str, Any]
@@ -33,7 +34,7 @@ def _abstract(config: ViTConfig, wide: bool) -> ViT:
 def to_params(model: ViT) -> Params:
     """The model's parameters by name, in a fixed order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    return {_name(path): leaf for path, leaf in leaves}
+    return {name_of(path): leaf for path, leaf in leaves}
 
 
 def from_params(config: ViTConfig, params: Mapping[str, Any]) -> ViT:
@@ -43,7 +44,7 @@ def from_params(config: ViTConfig, params: Mapping[str, Any]) -> ViT:
       ValueError: names that are missing or too many, or shapes that do not fit the config; all of them are listed.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract(config))
-    names = [_name(path) for path, _ in leaves]
+    names = [name_of(path) for path, _ in leaves]
     if set(names) != set(params):
         missing, extra = sorted(set(names) - set(params)), sorted(set(params) - set(names))
         raise ValueError(f"parameters do not fit the config: missing {missing}, not expected {extra}")
@@ -110,8 +111,3 @@ def cast(model: ViT, dtype: DTypeLike) -> ViT:
 def enabled(dtype: DTypeLike) -> bool:
     """Whether JAX keeps arrays of this type as they are; 64 bits have to be switched on."""
     return jax.dtypes.canonicalize_dtype(dtype) == np.dtype(dtype)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    # A parameter is a Variable, whose one leaf hangs below it under the name "value".
-    return ".".join(key.name for key in path[:-1])

@@ -12,6 +12,7 @@ from jaxvit.interventions import registers
 from jaxvit.model.config import Pool
 from jaxvit.model.heads import make_head
 from jaxvit.model.params import from_params, to_params
+from jaxvit.model.pieces import name_of
 from jaxvit.model.vit import ViT
 
 
@@ -41,7 +42,7 @@ def attach_head(model: ViT, classes: int, *, pool: Pool | None = None, key: Arra
     head = make_head(config, nnx.Rngs(key))
     leaves, _ = jax.tree_util.tree_flatten_with_path(head)
     dtype = model.patch_embed.kernel.dtype
-    new = {".".join(["head", *(k.name for k in path[:-1])]): a.astype(dtype) for path, a in leaves}
+    new = {f"head.{name_of(path)}": a.astype(dtype) for path, a in leaves}
     return from_params(config, params | new)
 
 
