@@ -79,6 +79,8 @@ def profiled(folder: Path | None) -> Iterator[None]:
         return
     import jax
 
-    with jax.profiler.trace(str(folder)):
-        yield
-    print(f"wrote a profile; to see it: pip install xprof; xprof --logdir {folder}", file=sys.stderr)
+    try:
+        with jax.profiler.trace(str(folder)):
+            yield
+    finally:
+        print(f"wrote a profile; to see it: pip install xprof; xprof --logdir {folder}", file=sys.stderr)

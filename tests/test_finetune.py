@@ -1,6 +1,8 @@
 """Fine-tuning from labelled images: what is read, what is learned, and runs that are interrupted."""
 
+import argparse
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,10 @@ from PIL import Image
 
 import jaxvit
 from experiments.models.subjects import random_weights
-from jaxvit import Preprocess, ViTConfig, cli
+from jaxvit import Preprocess, ViTConfig, cli, finetune_command
 from jaxvit.model.params import to_params
-from jaxvit.training.finetune import Labelled, Recipe, finetune, parts_of
+from jaxvit.training import attach_head
+from jaxvit.training.finetune import Labelled, Recipe, finetune, found_run, moved, parts_of
 from jaxvit.training.images import Batches, Variation
 
 CLASSES = ("blue", "green", "red")
@@ -53,9 +56,14 @@ def test_an_epoch_holds_every_image_once():
     labels = np.arange(130)
     batches = Batches(picture, labels, numbers, STRETCHED, 10)
     assert batches.epoch == 3
+    orders = []
     for epoch in range(2):
         seen = np.concatenate([batches[epoch * 3 + at][1] for at in range(3)])
         assert sorted(seen) == list(numbers)
+        orders.append(list(seen))
+    assert orders[0] != orders[1] and list(numbers) not in orders
+    other = Batches(picture, labels, numbers, STRETCHED, 10, seed=1)
+    assert [label for at in range(3) for label in other[at][1]] != orders[0]
 
 
 def test_without_variation_images_are_as_prepared():
@@ -66,16 +74,26 @@ def test_without_variation_images_are_as_prepared():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_crops_keep_what_they_should():
+@pytest.mark.parametrize("aspect", [1.0, 1.5, 0.75])
+def test_crops_keep_what_they_should(aspect):
     change = Variation(area=0.5, ratio=2.0)
     rng = np.random.default_rng(0)
-    boxes = np.array([change.box(40, 30, rng) for _ in range(500)])
+    boxes = np.array([change.box(40, 30, aspect, rng) for _ in range(800)])
     left, top, right, bottom = boxes.T
-    areas, ratios = (right - left) * (bottom - top) / 1200, (right - left) / (bottom - top)
+    areas, ratios = (right - left) * (bottom - top) / 1200, (right - left) / (bottom - top) / aspect
     assert boxes.min() >= 0 and right.max() <= 40 and bottom.max() <= 30
     assert 0.5 <= areas.min() < 0.55 and 0.9 < areas.max() <= 1
-    assert 0.5 <= ratios.min() < 0.75 and 1.6 < ratios.max() <= 2
-    assert change.box(100, 2, rng) == (49, 0, 51, 2)  # no crop of these ratios has half of the area
+    assert 0.5 <= ratios.min() < ratios.max() / 1.8 and ratios.max() <= 2
+
+
+def test_where_no_crop_fits_the_largest_is_kept():
+    rng = np.random.default_rng(0)
+    all_of_it = Variation(area=1.0)
+    np.testing.assert_allclose(all_of_it.box(400, 300, 1.0, rng), (0, 0, 400, 300))  # a photograph
+    np.testing.assert_allclose(all_of_it.box(300, 400, 1.0, rng), (0, 0, 300, 400))
+    np.testing.assert_allclose(all_of_it.box(600, 300, 1.0, rng), (100, 0, 500, 300))
+    np.testing.assert_allclose(all_of_it.box(600, 300, 2.0, rng), (0, 0, 600, 300))
+    np.testing.assert_allclose(Variation(ratio=2.0).box(100, 2, 1.0, rng), (48, 0, 52, 2))
     for name in ("area", "ratio", "mirror", "colour"):
         with pytest.raises(ValueError, match=f"{name} is -1.0; expected"):
             Variation(**{name: -1.0})
@@ -110,7 +128,8 @@ class Interrupted(Exception):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_numbers(model, images, tmp_path):
-    recipe = Recipe(epochs=4, batch_size=20, rate=0.01, drop_path=0.2, average=0.8, accumulate=2, patience=9)
+    # Two steps an epoch, three to an update: a checkpoint holds half of one.
+    recipe = Recipe(epochs=4, batch_size=20, rate=0.01, drop_path=0.2, average=0.8, accumulate=3, patience=9)
     whole = finetune(model, images, ["last=1"], recipe)
 
     def stop(epoch, loss, accuracy):
@@ -119,9 +138,66 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(model, images, tmp_path)
 
     with pytest.raises(Interrupted):
         finetune(model, images, ["last=1"], recipe, checkpoints=tmp_path, on_epoch=stop)
+    assert found_run(tmp_path) == 2
     found = finetune(model, images, ["last=1"], recipe, checkpoints=tmp_path)
     assert found.loss == whole.loss and found.accuracy == whole.accuracy and found.best == whole.best
     jax.tree.map(np.testing.assert_array_equal, to_params(found.model), to_params(whole.model))
+
+
+def test_a_run_of_other_things_is_not_gone_on_with(model, images, tmp_path):
+    recipe = Recipe(epochs=1, batch_size=20)
+    place = tmp_path / "run"
+    assert found_run(place) is None
+    finetune(model, images, recipe=recipe, checkpoints=place)
+    others = {
+        "recipe": dict(recipe=replace(recipe, epochs=2)),
+        "train": dict(train=["last=1"]),
+        "variation": dict(variation=Variation(mirror=0.0)),
+        "classes": dict(images=images._replace(classes=("blue", "red", "green"))),
+        "images": dict(images=images._replace(held=np.arange(43, 60))),
+        "weights": dict(model=random_weights(replace(CONFIG, eps=1e-5), seed=5)),
+    }
+    same = dict(model=model, images=images, recipe=recipe, checkpoints=place)
+    for name, change in others.items():
+        with pytest.raises(ValueError, match=f"holds a run with another .*{name}"):
+            finetune(**same | change)
+    shifted = images._replace(source=lambda number: 255 - picture(number))
+    with pytest.raises(ValueError, match="holds a run with another images"):
+        finetune(**same | dict(images=shifted))
+    assert len(finetune(**same).loss) == 2  # the finished run, as it was
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds no run of fine-tuning"):
+        finetune(**same | dict(checkpoints=foreign))
+
+
+def test_a_moving_average_is_of_updates_alone(model):
+    how, rng = Recipe(average=0.75, accumulate=2), np.random.default_rng(0)
+    average, expected, count = {"a": jnp.full(3, 100.0)}, None, 0
+    for number in range(20):
+        learn = {"a": jnp.asarray(rng.normal(size=3), jnp.float32)}
+        average = moved(average, learn, jnp.asarray(number), how)
+        if number % 2:  # the second of two steps
+            count += 1
+            kept = min(0.75, 1 - 1 / count)
+            expected = learn["a"] if expected is None else kept * expected + (1 - kept) * learn["a"]
+            np.testing.assert_allclose(average["a"], expected, rtol=1e-4)
+        elif expected is None:
+            assert (average["a"] == 100).all()
+
+
+def test_an_average_does_not_keep_the_new_head_as_it_was_drawn(model, images):
+    recipe = Recipe(epochs=3, batch_size=14, rate=0.02, warmup=0.0, average=0.999)
+    found = finetune(model, images, ["all"], recipe)
+    assert found.accuracy[found.best] > 0.6 > found.accuracy[0]
+
+
+def test_words_beside_a_new_head_train_it_too(model, images):
+    found = finetune(model, images, ["norms"], Recipe(epochs=2, batch_size=14, rate=0.02, warmup=0.0))
+    old, new = to_params(attach_head(model, 3, key=jax.random.key(0))), to_params(found.model)
+    learned = {name for name in old if (old[name] != new[name]).any()}
+    assert found.best > 0 and learned == {name for name in old if "norm" in name or name.startswith("head.")}
 
 
 def test_it_stops_when_nothing_is_gained(model, images):
@@ -143,6 +219,8 @@ def test_what_cannot_be_done_is_told(model, images):
         finetune(model, images, head=False)
     with pytest.raises(ValueError, match="a batch of 64 cannot be made of 42"):
         finetune(model, images, recipe=Recipe(batch_size=64))
+    with pytest.raises(ValueError, match="accumulate is 14, and all epochs have 12 steps"):
+        finetune(model, images, recipe=Recipe(epochs=4, batch_size=14, accumulate=14))
     with pytest.raises(ValueError, match="no image is held out"):
         finetune(model, images._replace(held=np.arange(0)))
     for name, value in (("epochs", 0), ("average", 1.0), ("drop_path", -0.1)):
@@ -164,8 +242,8 @@ def test_the_command(model, tmp_path, capsys, monkeypatch):
 
     kept = module.resumed
 
-    def stopping(place, state, best):
-        keep, found = kept(place, state, best)
+    def stopping(*given):
+        keep, found = kept(*given)
 
         def keep_and_stop(epoch, *what):
             keep(epoch, *what)
@@ -174,15 +252,23 @@ def test_the_command(model, tmp_path, capsys, monkeypatch):
 
         return keep_and_stop, found
 
+    for wrong in (["--train", "last=9"], ["--accumulate", "99"]):  # what is wrong leaves nothing in the way
+        assert cli.main([*command, *wrong]) == 1
     with monkeypatch.context() as patched:
         patched.setattr(module, "resumed", stopping)
         assert cli.main(command) == 130
+    assert "before training: accuracy" in capsys.readouterr().out
     assert cli.main(command) == 1
     assert "--resume goes on" in capsys.readouterr().err
     assert cli.main([*command, "--resume", "--rate", "0.1"]) == 1
-    assert "with other options" in capsys.readouterr().err
+    assert "holds a run with another recipe" in capsys.readouterr().err
     assert cli.main([*command, "--resume"]) == 0
     told = capsys.readouterr().out
+    assert "going on after epoch 2" in told and "k-NN" in told
+    scored = json.loads((out / "evaluate.json").read_text())
+    assert scored["data"] == {"from": scored["data"]["from"], "train": 48, "test": 12}
+    with Image.open(out / "curves.png") as drawn:
+        assert drawn.size == (800, 320) and np.asarray(drawn.convert("L")).min() < 100
     assert "48 to learn from, 12 held out" in told
     assert f"wrote {out}" in told and "epoch 1:" not in told and "epoch 3:" in told
     assert not out.with_name("tuned.partial").exists()
@@ -193,5 +279,56 @@ def test_the_command(model, tmp_path, capsys, monkeypatch):
     assert cli.main(["export", str(out), str(tmp_path / "timm.safetensors"), "--layout", "timm"]) == 0
     assert cli.main(command) == 1
     assert "already holds a model" in capsys.readouterr().err
-    assert cli.main([*command, "--overwrite", "--epochs", "1"]) == 0
+    again = [*command, "--overwrite", "--epochs", "1", "--no-evaluate"]
+    assert cli.main([*again, "--resume"]) == 0
+    told = capsys.readouterr().out
+    assert "holds no finished epoch: this is a new run" in told and f"next: jaxvit evaluate {out} --tasks" in told
     assert len(json.loads((out / "training.json").read_text())["accuracy"]) == 2
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("config.json", "curves.png", "model.safetensors", "training.json")
+    ]
+    notes = out.with_name("tuned.partial") / "notes.txt"
+    notes.parent.mkdir()
+    notes.touch()
+    assert cli.main(again) == 1 and notes.exists()
+    assert "holds no run of fine-tuning" in capsys.readouterr().err
+
+
+def test_the_split_of_the_evaluation_is_that_of_the_training(tmp_path):
+    """`jaxvit evaluate` with the printed options tests on the images held out, and on no other."""
+    from experiments.evaluate import data
+
+    for number in range(30):
+        place = tmp_path / CLASSES[number % 3]
+        place.mkdir(exist_ok=True)
+        Image.fromarray(picture(number)).save(place / f"{number}.png")
+    options = argparse.Namespace(labelled=str(tmp_path), held=0.3, seed=4)
+    images, _ = finetune_command.labelled(options)
+    answers = data.labelled(str(tmp_path), 0.3, 4)
+    assert [images.source(n) for n in images.held] == [answers.source(n) for n in range(answers.train, 30)]
+    assert len(images.held) == 9 and not set(images.train) & set(images.held)
+
+
+def test_scenes_to_learn_from_are_not_those_of_the_evaluation(monkeypatch):
+    from experiments.evaluate import data
+
+    drawn = []
+    monkeypatch.setattr(
+        data.scenes, "draw", lambda number, *rest: drawn.append(number) or data.scenes.Scene(*[None] * 5)
+    )
+    monkeypatch.setattr(data, "find_images", lambda place: [])
+    monkeypatch.setattr(data.embedded, "photographs", lambda: None)
+    images, _ = finetune_command.labelled(argparse.Namespace(labelled=None, scenes=20, held=0.2))
+    for number in range(20):
+        images.source(number)
+    assert min(drawn) >= 1_000_000 and len(set(drawn)) == 20 and list(images.labels) == [n % 10 for n in drawn]
+
+
+def test_an_own_head_tells_the_classes_it_was_trained_on(tmp_path):
+    assert finetune_command.own_classes(str(tmp_path), CLASSES) == [
+        "the model's classes are those of the images, in this order: blue, green, red"
+    ]
+    (tmp_path / "training.json").write_text(json.dumps({"classes": CLASSES}))
+    assert finetune_command.own_classes(str(tmp_path), CLASSES) == []
+    with pytest.raises(ValueError, match="in this order"):
+        finetune_command.own_classes(str(tmp_path), CLASSES[::-1])

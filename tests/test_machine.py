@@ -8,6 +8,7 @@ from PIL import Image
 import jaxvit
 from experiments.models.subjects import random_weights
 from jaxvit import ViTConfig, cli
+from jaxvit.machine import profiled
 
 
 @pytest.fixture
@@ -43,3 +44,10 @@ def test_a_place_that_cannot_be_is_told(command, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert cli.main([*command, "--out", str(tmp_path / "a.npz"), "--profile", str(tmp_path / "file")]) == 1
     assert "error: --profile" in capsys.readouterr().err
+
+
+def test_a_profile_of_what_failed_is_written_too(tmp_path, capsys):
+    with pytest.raises(RuntimeError), profiled(tmp_path):
+        jax.jit(lambda x: x + 1)(1.0)
+        raise RuntimeError
+    assert list(tmp_path.rglob("*.xplane.pb")) and f"--logdir {tmp_path}" in capsys.readouterr().err

@@ -44,13 +44,17 @@ KEPT = 2000
 """Scenes that are kept in memory, 200 kB each: every intervention runs on the same ones."""
 
 
-def generated(train: int, test: int, photographs: Path | None = None) -> Answers:
-    """Scenes over the photographs that come from PyPI, or those of a folder."""
+def generated(train: int, test: int, photographs: Path | None = None, first: int = 0) -> Answers:
+    """Scenes over the photographs that come from PyPI, or those of a folder.
+
+    Args:
+      first: number of the first scene, a multiple of the number of classes.
+    """
     paths = find_images(photographs or embedded.photographs())
     n, classes = train + test, scenes.CLASSES
     labels = np.arange(n) % len(classes)
     of = f"{n} generated scenes over {photographs or 'photographs from PyPI'}"
-    scene = lru_cache(KEPT)(lambda number, view=0: scenes.draw(number, paths, view))
+    scene = lru_cache(KEPT)(lambda number, view=0: scenes.draw(first + number, paths, view))
     return Answers(lambda number: scene(number, 0).image, labels, classes, train, of, scene)
 
 

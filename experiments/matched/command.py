@@ -74,6 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     except (jaxvit.CheckpointError, jaxvit.ImageError, embedded.DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    options.out.mkdir(parents=True, exist_ok=True)  # where the limit let nothing be trained
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = tables(results)
     (options.out / "results.md").write_text(text)
@@ -86,27 +87,38 @@ def main(arguments: Sequence[str]) -> int:
 def study(
     preset: Any, photographs: Sequence[Path], out: Path, began: float, limit: float | None, progress: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Trains what is not there yet. Returns cell -> arm -> what its training.json holds, and the arms left out."""
-    from . import data, runs
+    """Trains what is not there yet.
 
+    Returns:
+      cell -> arm -> what its training.json holds, also of finished arms that were not asked for; and the arms left out.
+
+    Raises:
+      ValueError: `out` holds an arm of other settings, which could not be compared.
+    """
+    from . import data, runs
+    from .arms import ARMS
+
+    digest = data.digest(photographs)
     results: dict[str, Any] = {}
+    for cell in preset.cells:  # before anything is trained
+        found = {name: runs.finished(out / cell.name / name, cell, name, preset, digest) for name in ARMS}
+        results[cell.name] = {name: record for name, record in found.items() if record is not None}
     missing = []
     for cell in preset.cells:
-        pixels, results[cell.name] = cell.base.preprocess.size[0], {}
-        scenes = None
+        pixels, scenes = cell.base.preprocess.size[0], None
         for name in preset.arms:
-            folder = out / cell.name / name
-            found = runs.finished(folder, cell, name, preset)
-            if found is None and limit is not None and time.monotonic() - began > limit:
+            if name in results[cell.name]:
+                continue
+            if limit is not None and time.monotonic() - began > limit:
                 missing.append(f"{cell.name} {name}")
                 continue
-            if found is None:
-                scenes = scenes or data.load(
-                    cell.train, preset.test, pixels, photographs, out / "scenes", progress=progress
-                )
-                found = runs.run(folder, cell, name, preset, scenes, progress=progress)
-            results[cell.name][name] = found
-    return results, missing
+            scenes = scenes or data.load(
+                *(cell.train, preset.test, pixels, photographs, out / "scenes"), progress=progress
+            )
+            folder = out / cell.name / name
+            results[cell.name][name] = runs.run(folder, cell, name, preset, digest, scenes, progress=progress)
+    ordered = {cell: {name: arms[name] for name in ARMS if name in arms} for cell, arms in results.items()}
+    return ordered, missing
 
 
 def tables(results: Mapping[str, Any]) -> str:
@@ -121,10 +133,12 @@ def tables(results: Mapping[str, Any]) -> str:
         first = next(iter(arms))
         rows = compared({name: arms[name]["test"] for name in arms}, first)
         seeds = len(next(iter(arms[first]["test"].values())))
+        sizes = sorted({arm["parameters"] for arm in arms.values()})
+        devices = sorted({arm["device"] for arm in arms.values()})
         parts.append(
-            f"**{cell}**: {arms[first]['parameters']:,} parameters, {arms[first]['scenes']} scenes, "
-            f"{arms[first]['recipe']['steps']} steps of {arms[first]['recipe']['batch']}, "
-            f"{seeds} seed{'s' * (seeds > 1)}, {arms[first]['device']}. "
+            f"**{cell}**: {' to '.join(f'{n:,}' for n in {sizes[0]: 0, sizes[-1]: 0})} parameters, "
+            f"{arms[first]['scenes']} scenes, {arms[first]['recipe']['steps']} steps of "
+            f"{arms[first]['recipe']['batch']}, {seeds} seed{'s' * (seeds > 1)}, on {'; '.join(devices)}. "
             f"Behind a mean: the difference from {first}, with its 95 % interval over seeds."
         )
         names = [name for name in TITLES if any(name in row for row in rows.values())]

@@ -50,6 +50,14 @@ def _draw(number: int, pixels: int) -> np.ndarray:
     return np.dstack([np.asarray(picture) for picture in small])
 
 
+def digest(photographs: Sequence[Path]) -> str:
+    """sha256 of what scenes are made from: the photographs in their order, and the code that draws."""
+    whole = hashlib.sha256(Path(scenes.__file__).read_bytes())
+    for path in photographs:
+        whole.update(hashlib.sha256(path.read_bytes()).digest())
+    return whole.hexdigest()
+
+
 def load(
     train: int, test: int, pixels: int, photographs: Sequence[Path], folder: Path, *, progress: bool = False
 ) -> Scenes:
@@ -60,10 +68,7 @@ def load(
       photographs: what scenes are made of, in an order that stays.
     """
     n = train + test
-    whole = hashlib.sha256(Path(scenes.__file__).read_bytes())
-    for path in photographs:
-        whole.update(hashlib.sha256(path.read_bytes()).digest())
-    kept = folder / f"scenes-{n}-{pixels}-{whole.hexdigest()[:12]}.npy"
+    kept = folder / f"scenes-{n}-{pixels}-{digest(photographs)[:12]}.npy"
     if kept.is_file():
         images = np.load(kept)
     else:

@@ -17,19 +17,21 @@ from jaxvit.io.checkpoint import TRAINING
 from jaxvit.model.params import cast, from_params
 
 from ..models.subjects import TRAINED_HERE
-from ..runner.source import versions
+from ..runner.source import of_modules, versions
+from . import arms, data, measures, train
 from .arms import ARMS
-from .data import Scenes
-from .measures import of_images
 from .presets import Cell, Preset
-from .train import measure, train
 
 POINTS = 200
 """Of a curve that is kept, each a mean over the steps around it."""
 
 
-def settings(cell: Cell, name: str, preset: Preset) -> dict[str, Any]:
-    """What tells a finished run from others."""
+def settings(cell: Cell, name: str, preset: Preset, photographs: str) -> dict[str, Any]:
+    """What tells a finished run from others: all that its numbers follow from, and the code that makes them.
+
+    Args:
+      photographs: `data.digest` of those that scenes are made of.
+    """
     config = ARMS[name].config(cell.base)
     return {
         "arm": name,
@@ -39,10 +41,13 @@ def settings(cell: Cell, name: str, preset: Preset) -> dict[str, Any]:
         "scenes": cell.train,
         "test scenes": preset.test,
         "seeds": preset.seeds,
+        "penalty": ARMS[name].penalty,
+        "photographs": photographs,
+        "code": of_modules(*(module.__name__ for module in (arms, data, measures, train))),
     }
 
 
-def finished(folder: Path, cell: Cell, name: str, preset: Preset) -> dict[str, Any] | None:
+def finished(folder: Path, cell: Cell, name: str, preset: Preset, photographs: str) -> dict[str, Any] | None:
     """What the run of these settings left in `folder`; None if there is none.
 
     Raises:
@@ -52,22 +57,29 @@ def finished(folder: Path, cell: Cell, name: str, preset: Preset) -> dict[str, A
     if not path.is_file():
         return None
     found = json.loads(path.read_text())
-    wanted = json.loads(json.dumps(settings(cell, name, preset)))
+    wanted = json.loads(json.dumps(settings(cell, name, preset, photographs)))
     if other := [key for key in wanted if found.get(key) != wanted[key]]:
         raise ValueError(f"{folder} holds a run with another {', '.join(other)}: give another --out, or remove it")
     return found
 
 
 def run(
-    folder: Path, cell: Cell, name: str, preset: Preset, scenes: Scenes, *, progress: bool = False
+    folder: Path,
+    cell: Cell,
+    name: str,
+    preset: Preset,
+    photographs: str,
+    scenes: data.Scenes,
+    *,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Trains an arm, measures it and writes a model of each seed in bfloat16; what is measured is what is written."""
     arm, seeds = ARMS[name], range(preset.seeds)
     config = arm.config(cell.base)
-    trained = train(arm, cell.base, scenes, cell.recipe, seeds, name=f"{cell.name} {name}", progress=progress)
+    trained = train.train(arm, cell.base, scenes, cell.recipe, seeds, name=f"{cell.name} {name}", progress=progress)
     kept = jax.tree.map(lambda a: a.astype("bfloat16").astype("float32"), trained.params)
-    test = measure(arm, config, kept, scenes, of_images)
-    record = settings(cell, name, preset) | {
+    test = train.measure(arm, config, kept, scenes, measures.of_images)
+    record = settings(cell, name, preset, photographs) | {
         "parameters": sum(a[0].size for a in jax.tree.leaves(trained.params)),
         "seconds": trained.seconds,
         "device": device(),

@@ -32,7 +32,7 @@ from jaxvit.model.params import abstract, enabled, from_params, matrix_shape, to
 from jaxvit.model.vit import ViT
 
 WEIGHTS, CONFIG, PARITY = "model.safetensors", "config.json", "parity.json"
-TRAINING = "training.json"
+TRAINING, CURVES, EVALUATE = "training.json", "curves.png", "evaluate.json"
 """What `jaxvit finetune` writes beside a model: how it was trained. It is gone when the folder is written anew."""
 FORMAT = 3
 READABLE_FROM = "0.1.0"
@@ -106,7 +106,7 @@ def saving(
     See `save` for arguments and errors.
     """
     check_place(folder, overwrite)
-    with replacing(Path(folder), (WEIGHTS, CONFIG, PARITY, TRAINING)) as temporary:
+    with replacing(Path(folder), (WEIGHTS, CONFIG, PARITY, TRAINING, CURVES, EVALUATE)) as temporary:
         weights = temporary / WEIGHTS
         yield weights
         weights.chmod(0o644)  # whatever the umask

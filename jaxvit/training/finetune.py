@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +18,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from jaxvit.io.checkpoint import checksum, write_json
 from jaxvit.io.images import stream
 from jaxvit.io.progress import bar
 from jaxvit.model.params import Params
@@ -42,7 +46,8 @@ class Recipe:
       smoothing: of labels.
       drop_path: rate of stochastic depth in the last layer.
       accumulate: steps whose gradients are averaged for one update.
-      average: how much of the moving average of parameters stays in each step, such as 0.99; 0: no average is kept.
+      average: how much of the moving average of parameters stays at each update, such as 0.99; 0: no average is kept.
+        It starts as the plain mean of the first updates, and not at what a new head was drawn as.
       patience: epochs without a better held-out accuracy after which it stops.
       seed: of the head, the order and the variations.
       dtype: to compute in; parameters that learn stay in their own.
@@ -71,8 +76,14 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more, and less than 1")
 
     def optimiser(self, depth: int, steps: int) -> optax.GradientTransformation:
-        """The optimiser of a run of so many steps."""
-        updates = max(steps // self.accumulate, 1)
+        """The optimiser of a run of so many steps.
+
+        Raises:
+          ValueError: fewer steps than are accumulated for one update: nothing would be learned.
+        """
+        updates = steps // self.accumulate
+        if updates < 1:
+            raise ValueError(f"accumulate is {self.accumulate}, and all epochs have {steps} steps: there is no update")
         warmup = round(self.warmup * updates)
         rate = optax.warmup_cosine_decay_schedule(0.0 if warmup else self.rate, self.rate, warmup, updates + 1)
         chain = [optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=self.weight_decay, mask=decays)]
@@ -144,6 +155,14 @@ def parts_of(model: ViT, train: Sequence[str], key: Array) -> tuple[Params, Froz
     return learn | additions, frozen
 
 
+def moved(average: Params, learn: Params, number: Array, how: Recipe) -> Params:
+    """The moving average of parameters after step `number`; it moves only where there was an update."""
+    updates = (number + 1) // how.accumulate
+    due = (number + 1) % how.accumulate == 0
+    weight = jnp.where(due, jnp.maximum(1 - how.average, 1 / jnp.maximum(updates, 1)), 0)
+    return {name: old + weight.astype(old.dtype) * (learn[name] - old) for name, old in average.items()}
+
+
 class State(NamedTuple):
     """A run after some steps; `average` is None where no moving average is kept."""
 
@@ -172,11 +191,14 @@ def finetune(
         to attention).
       head: whether the model gets a new linear head for these classes; else its own must fit them.
       variation: of the images to learn from.
-      checkpoints: a folder. A run that was interrupted goes on from the last epoch it holds, to the same numbers.
-      on_epoch: called with the number of the epoch, its mean loss and the accuracy.
+      checkpoints: a folder for `run.json`, which says what is trained, and a checkpoint of each epoch. A run that was
+        interrupted goes on from the last one, to the same numbers. `found_run` says what a folder holds.
+      on_epoch: called with the number of the epoch, its mean loss and the accuracy; first with 0, NaN, and the accuracy
+        before training.
 
     Raises:
-      ValueError: a part that is not there, fewer images than a batch, or a head that does not fit.
+      ValueError: a part that is not there, fewer images than a batch, a head that does not fit, or a folder of
+        checkpoints that holds another run or other things.
       ImageError: an image that cannot be used.
 
     Example:
@@ -213,8 +235,7 @@ def finetune(
         value, slopes = jax.value_and_grad(loss)(state.learn)
         updates, kept = optimiser.update(slopes, state.optimiser, state.learn)
         new: Any = optax.apply_updates(state.learn, updates)
-        average: Any = state.average and optax.incremental_update(new, state.average, 1 - how.average)
-        return State(new, kept, average), value
+        return State(new, kept, state.average and moved(state.average, new, number, how)), value
 
     @jax.jit
     def right(learn: Params, frozen: Frozen, images: Array, labels: Array, valid: Array) -> Array:
@@ -230,12 +251,28 @@ def finetune(
             found += int(right(learn, frozen, jnp.asarray(batch.images), own, jnp.asarray(batch.valid)))
         return found / len(images.held)
 
+    def about() -> dict[str, Any]:
+        first, _ = batches[0]
+        numbers = (np.asarray(each, np.int64).tobytes() for each in (images.labels, images.train, images.held))
+        digest = hashlib.sha256(b"".join(numbers) + first.tobytes()).hexdigest()
+        return {
+            "recipe": asdict(how) | {"dtype": how.dtype and jnp.dtype(how.dtype).name},
+            "variation": asdict(variation or Variation()),
+            "train": list(train),
+            "head": "new" if head else "own",
+            "classes": list(images.classes),
+            "weights": checksum(model),
+            "images": digest,
+        }
+
     with jax.numpy_dtype_promotion("standard"):  # for optax's own arithmetic
         copied = jax.tree.map(jnp.copy, learn)  # the step overwrites its state
         state = State(copied, optimiser.init(copied), jax.tree.map(jnp.copy, learn) if how.average else None)
-        kept, (state, best, told) = resumed(checkpoints, state, learn)
+        kept, (state, best, told) = resumed(checkpoints, about, state, learn)
         if not told:
             told = {"accuracy": [accuracy(learn)], "loss": [], "best": 0}
+            if on_epoch is not None:
+                on_epoch(0, math.nan, told["accuracy"][0])
         first = len(told["accuracy"]) - 1
         source = batches.since(first * per_epoch)
         with bar("steps", how.epochs * per_epoch, progress, initial=first * per_epoch) as advance:
@@ -263,24 +300,57 @@ def finetune(
 
 
 Keep = Callable[[int, State, Params, dict[str, Any]], None]
+RUN, EPOCHS = "run.json", "epochs"
+"""In a folder of checkpoints: what is trained, and what is known after each epoch."""
+
+
+def found_run(folder: str | Path) -> int | None:
+    """After how many epochs the run of a folder of checkpoints was interrupted; None: there is no run to go on with.
+
+    Raises:
+      ValueError: the folder holds other things.
+    """
+    folder = Path(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not (folder / RUN).is_file():
+        raise ValueError(f"{folder} exists and holds no run of fine-tuning: choose another folder")
+    epochs = folder / EPOCHS
+    done = [int(path.name) for path in epochs.iterdir() if path.name.isdigit()] if epochs.is_dir() else []
+    return max(done, default=None)
 
 
 def resumed(
-    folder: str | Path | None, state: State, best: Params
+    folder: str | Path | None, about: Callable[[], Mapping[str, Any]], state: State, best: Params
 ) -> tuple[Keep | None, tuple[State, Params, dict[str, Any]]]:
-    """How checkpoints are kept, and what the last one holds; the arguments, and nothing told, where there is none."""
+    """How checkpoints are kept, and what the last one holds; the arguments, and nothing told, where there is none.
+
+    Args:
+      about: gives what is trained; a run of anything else is refused.
+
+    Raises:
+      ValueError: see `finetune`.
+    """
     if folder is None:
         return None, (state, best, {})
     import orbax.checkpoint as ocp
 
-    manager = ocp.CheckpointManager(Path(folder).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2))
+    folder, run = Path(folder).absolute(), json.loads(json.dumps(about()))
+    last = found_run(folder)
+    if last is not None:
+        before = json.loads((folder / RUN).read_text())
+        if other := [name for name in run if before.get(name) != run[name]]:
+            raise ValueError(f"{folder} holds a run with another {', '.join(other)}: give the same, or another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RUN, run)
+    manager = ocp.CheckpointManager(folder / EPOCHS, options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
     def keep(epoch: int, state: State, best: Params, told: dict[str, Any]) -> None:
         args = ocp.args.Composite(arrays=ocp.args.StandardSave((state, best)), told=ocp.args.JsonSave(told))
         manager.save(epoch, args=args)
         manager.wait_until_finished()
 
-    if (last := manager.latest_step()) is None:
+    if last is None:
         return keep, (state, best, {})
     args = ocp.args.Composite(arrays=ocp.args.StandardRestore((state, best)), told=ocp.args.JsonRestore())
     found = manager.restore(last, args=args)

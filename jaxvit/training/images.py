@@ -28,8 +28,10 @@ class Variation:
     """How an image is varied.
 
     Attributes:
-      area: the least part of it that a crop keeps; 1 keeps all but the aspect ratio.
-      ratio: the largest change of the aspect ratio.
+      area: the least part of it that a crop keeps. Where no such crop has an allowed aspect ratio, the largest one in
+        the middle that has is taken.
+      ratio: how far a crop's aspect ratio is from that of what the model reads, at most: this factor, or 1 by it. The
+        crop is stretched by as much.
       mirror: probability of a mirror image.
       colour: how much brightness, contrast and saturation change at most.
     """
@@ -46,18 +48,26 @@ class Variation:
             if not fits:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {expected}")
 
-    def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
-        """left, top, right, bottom of a random crop, in pixels."""
+    def box(
+        self, width: int, height: int, aspect: float, rng: np.random.Generator
+    ) -> tuple[float, float, float, float]:
+        """left, top, right, bottom of a random crop, in pixels.
+
+        Args:
+          aspect: width by height of what the model reads.
+        """
         for _ in range(10):
             area = rng.uniform(self.area, 1) * width * height
-            ratio = math.exp(rng.uniform(-1, 1) * math.log(self.ratio))
+            ratio = aspect * math.exp(rng.uniform(-1, 1) * math.log(self.ratio))
             w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
             if w <= width and h <= height:
                 left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
                 return left, top, left + w, top + h
-        side = min(width, height)  # no such crop fits: the largest square in the middle
-        left, top = (width - side) / 2, (height - side) / 2
-        return left, top, left + side, top + side
+        # As a rule none fits: the largest in the middle, of the allowed ratio that is next to the image's own.
+        ratio = min(max(width / height, aspect / self.ratio), aspect * self.ratio)
+        w, h = min(width, height * ratio), min(height, width / ratio)
+        left, top = (width - w) / 2, (height - h) / 2
+        return left, top, left + w, top + h
 
     def __call__(
         self, pixels: UInt8[np.ndarray, "H W 3"], preprocess: Preprocess, rng: np.random.Generator
@@ -66,7 +76,7 @@ class Variation:
         image = Image.fromarray(pixels)
         height, width = preprocess.size
         resampling = FILTERS.get(preprocess.interpolation, Image.Resampling.BICUBIC)
-        image = image.resize((width, height), resampling, box=self.box(*image.size, rng))
+        image = image.resize((width, height), resampling, box=self.box(*image.size, width / height, rng))
         if rng.random() < self.mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
