@@ -1,12 +1,13 @@
 # make demo   the main job on real weights and photographs: the experiments of the paper, report in out/embedded
 # make test   every law, each at the sizes that show it; make test-all also at more sizes and depths (marker `long`)
+# make docs   the documentation, its notebooks executed: out/docs/index.html
 # All set up everything they need in .venv, from pinned versions.
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs docs-data clean
 
 # MODEL: a converted model, a checkpoint file or folder, or a hub id. IMAGES: a folder. OUT: where the report goes.
 demo: .venv/demo
@@ -29,6 +30,15 @@ lint: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/pyright
 
+docs: .venv/docs
+	.venv/bin/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs out/docs
+	@echo "wrote out/docs/index.html"
+
+# The figures of docs/experiments, made anew by the demo.
+docs-data: .venv/docs
+	.venv/bin/python -m experiments run --overwrite --out out/docs-data --preset embedded
+	.venv/bin/python docs/figures.py out/docs-data
+
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed, and not found"; exit 1; }
 	$(PYTHON) -m venv .venv
@@ -43,5 +53,10 @@ lint: .venv/test
 	$(PIP) --editable '.[tests,lint]'
 	@touch .venv/demo $@  # what the demo needs is among it
 
+.venv/docs: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing Sphinx into .venv .."
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-newest .data out
+	rm -rf .venv .venv-newest .data out docs/generated docs/notebooks/.data

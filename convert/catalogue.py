@@ -55,7 +55,7 @@ def dinov2() -> list[Checkpoint]:
             hub = f"facebook/dinov2-{'with-registers-' if registers else ''}{size}"
             timm = f"timm/vit_{size}_patch14_{'reg4_' if registers else ''}dinov2.lvd142m"
             file = f"dinov2_vit{letter}14_{'reg4_' if registers else ''}pretrain.pth"
-            name = f"{letter.upper()}/14{' with 4 registers' if registers else ''}"
+            name = f"{letter if letter == 'g' else letter.upper()}/14{' with 4 registers' if registers else ''}"
             config = ViTConfig.dinov2(size, registers)
             found.append(Checkpoint("DINOv2", name, config, "Apache-2.0", (hub, timm, file)))
     return found

@@ -429,7 +429,7 @@ def test_list(succeeds):
     lines = succeeds("list").splitlines()
     for words in (
         ("DINOv2", "S/14", "22 M", "0.09 GB", "Apache-2.0", "facebook/dinov2-small", "dinov2_vits14_pretrain.pth"),
-        ("DINOv2", "G/14", "1136 M", "4.55 GB", "facebook/dinov2-giant"),
+        ("DINOv2", "g/14", "1136 M", "4.55 GB", "facebook/dinov2-giant"),
         ("DINOv3", "7B/16", "6716 M", "DINOv3 License", "facebook/dinov3-vit7b16-pretrain-lvd1689m"),
         ("DeiT III", "H/14", "632 M", "timm/deit3_huge_patch14_224.fb_in1k"),
         ("CLIP", "B/32", "88 M", "MIT", "openai/clip-vit-base-patch32", "ViT-B-32.pt"),

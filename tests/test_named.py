@@ -1,5 +1,6 @@
 """Grids and labelled arrays: numbers keep their labels wherever they go, into pictures and files too."""
 
+import io
 import itertools
 import sys
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import FAMILIES
 from matplotlib.colors import to_rgba
+from PIL import Image
 
 from jaxvit import Grid, NamedArray, grids
 from jaxvit.model.params import abstract
@@ -302,3 +304,10 @@ def test_what_cannot_be_drawn_is_said_in_a_sentence(axes, given, message):
     array = NamedArray(np.zeros((2,) * len(axes)), dict.fromkeys(axes, (0, 1)))
     with pytest.raises(ValueError, match=message):
         array.plot(**given)
+
+
+def test_a_notebook_shows_a_plot():
+    """Also where pyplot was not imported, whose backend would."""
+    figure = NamedArray(np.arange(6.0).reshape(2, 3), {"layer": (0, 1), "head": (0, 1, 2)}).plot()
+    with Image.open(io.BytesIO(figure._repr_png_())) as picture:
+        assert picture.format == "PNG" and np.asarray(picture.convert("L")).std() > 10

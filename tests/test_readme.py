@@ -3,6 +3,8 @@
 import functools
 import re
 import subprocess
+import sys
+import types
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,13 @@ import convert
 import jaxvit
 from experiments import embedded
 from jaxvit import cli
+from jaxvit.convert.catalogue import known
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+import docstrings
+import generate
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -92,8 +99,18 @@ def test_examples_of_many_devices(monkeypatch, tmp_path):
 def test_no_page_has_examples_that_are_not_run():
     """Here, in test_docs.py, and in test_run.py."""
     run = {"features.md", "interventions.md", "which-registers.md", "experiments.md"}
-    run |= {"recipes.md", "from-flax-dinov2.md", "parallel.md", "training.md"}
+    run |= {"recipes.md", "from-flax-dinov2.md", "parallel.md", "training.md", "start.md"}
     assert {name for name, page in PAGES.items() if "```python" in page} == run
+
+
+def test_examples_of_the_start(monkeypatch, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)).save(
+        tmp_path / "photo.jpg"
+    )
+    names = run_examples(PAGES["start.md"], monkeypatch, tmp_path)
+    assert names["out"].trace["pattern"].shape == (1, 1, 6, 1, 257)
+    assert names["out"].cls.shape == (1, 384) and names["out"].patches.shape == (1, 256, 384)
+    assert jaxvit.cls_cosine(names["changed"], names["out"]) < 1 - 1e-4
 
 
 def test_the_readme_is_short():
@@ -122,7 +139,7 @@ def test_links_lead_somewhere():
 
 def test_every_public_name_is_listed():
     """On the page of names; and every name there exists."""
-    page = PAGES["names.md"]
+    page = "\n".join(line for line in PAGES["names.md"].splitlines() if line.startswith("|"))
     listed = [word for name in re.findall(r"`(.*?)`", page) for word in [name.split("(")[0]]]
     plain = {name for name in listed if "." not in name}
     modules = {"decompose", "grids", "parallel", "similarity"}
@@ -131,13 +148,62 @@ def test_every_public_name_is_listed():
     last = jaxvit.NamedArray
     for name in listed:
         start, _, rest = name.partition(".")
-        if rest and start in ("convert", "model"):
-            assert hasattr({"convert": convert, "model": jaxvit.ViT}[start], rest), name
+        if rest and start == "model":
+            assert hasattr(jaxvit.ViT, rest), name
         elif rest:
-            last = getattr(jaxvit, start) if start else last
+            last = import_module(generate.MODULES[start]) if start else last
             assert hasattr(last, rest), name
         elif name == "NamedArray":
             last = jaxvit.NamedArray
+
+
+def test_every_listed_name_has_a_page_of_the_reference():
+    pages = dict(generate.api_pages(PAGES["names.md"]))
+    text = "\n".join(pages.values())
+    for name in jaxvit.__all__:
+        assert isinstance(getattr(jaxvit, name), types.ModuleType) or f":: jaxvit.{name}\n" in text, name
+    for module in generate.MODULES.values():
+        assert f":: {module}." in text
+    names = re.findall(r":: (jaxvit[\w.]+)", text)
+    assert len(names) == len(set(names)) > 110
+    for name in names:
+        assert (generate.resolved(name).__doc__ or "").strip(), f"{name} has no docstring"
+
+
+def test_the_picture_of_a_block_has_every_site(monkeypatch):
+    svg = generate.sites_svg()
+    for site, axes in jaxvit.SITES.items():
+        assert f">{site}</text>" in svg and f">{axes}</text>" in svg
+    monkeypatch.setattr(generate, "SITES", jaxvit.SITES | {"new": "B T D"})
+    with pytest.raises(ValueError, match="the sites are"):
+        generate.sites_svg()
+
+
+def test_all_models_are_on_their_page():
+    page = generate.models_page()
+    for checkpoint in known():
+        assert all(f"`{source}`" in page for source in checkpoint.sources)
+    assert "| `vit_small_patch14_reg4_dinov2` | 12 x 384 | 6 |" in page and page.count("| refused |") == 10
+
+
+def test_docstrings_become_restructuredtext():
+    """Code after an empty line is code, and no word is taken for markup."""
+    text = [
+        "Adds |x| to *args_, as `a_ *b*`.",
+        "",
+        "Example:",
+        "",
+        "    f(*x)",
+        "",
+        "    g(x_)",
+        "",
+        "Args:",
+        "  x: one.",
+    ]
+    assert docstrings.converted(text) == [
+        *("Adds \\|x\\| to \\*args\\_, as `a_ *b*`.", "", "Example:", "", "    .. code-block:: python", ""),
+        *("        f(*x)", "", "        g(x_)", "", "Args:", "  x: one."),
+    ]
 
 
 def test_every_site_is_described():

@@ -30,6 +30,7 @@ def test_nearest_neighbours_are_those_of_scikit_learn(k):
     ).fit(train, labels)
     scores = classify.nearest_neighbours(train, labels, test, 4, k)
     np.testing.assert_allclose(scores / scores.sum(1, keepdims=True), theirs.predict_proba(test), atol=1e-9)
+    np.testing.assert_allclose(classify.nearest_neighbours(3 * train, labels, test / 2, 4, k), scores, rtol=1e-9)
     with pytest.raises(ValueError, match="91 neighbours of 90 images"):
         classify.nearest_neighbours(train, labels, test, 4, 91)
 

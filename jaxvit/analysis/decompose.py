@@ -85,6 +85,11 @@ def attention_mass(pattern: Float[Array, "*batch T"], layout: TokenLayout) -> Fl
 
     Raises:
       ValueError: rows that do not have the layout's number of tokens.
+
+    Example:
+
+        pattern = model(images, record={"pattern": Take(layers=-1)}).trace["pattern"][0]
+        attention_mass(pattern[:, :, 0], model.layout)  # [B, H, G]: attention of [CLS] on each group
     """
     _check_keys(pattern, layout)
     return einsum("...T,TG->...G", pattern, jnp.asarray(layout.membership, pattern.dtype))
@@ -100,6 +105,11 @@ def attention_flow(pattern: Float[Array, "*batch T T2"], layout: TokenLayout) ->
 
     Raises:
       ValueError: a pattern that is not of all queries and keys.
+
+    Example:
+
+        pattern = model(images, record={"pattern": Take(tokens="all")}).trace["pattern"]
+        attention_flow(pattern, model.layout)  # [L, B, H, G, G], from group to group
     """
     _check_keys(pattern, layout)
     _check_queries(pattern)
@@ -126,6 +136,11 @@ def rollout(
 
     Raises:
       ValueError: a pattern that is not of all queries, a number of rows or a weight out of range.
+
+    Example:
+
+        pattern = model(images, record={"pattern": Take(tokens="all")}).trace["pattern"]
+        rollout(pattern, rows=1)  # [B, 1, T], of [CLS]
     """
     _check_queries(pattern)
     T = pattern.shape[-1]
@@ -168,6 +183,12 @@ def attention_parts(
 
     Raises:
       ValueError: no such layer, stage or split; a pattern or values that do not fit the model, layers or layout.
+
+    Example:
+
+        trace = model(images, record={"pattern": Take(layers=-1), "v": Take(layers=-1)}).trace
+        parts = attention_parts(model, -1, trace["pattern"][0], trace["v"][0], model.layout)
+        parts.parts  # [B, Q, G, D], of each group of tokens; with `parts.bias` they add up to the update
     """
     split = (by,) if isinstance(by, str) else tuple(by)
     if not set(split) <= set(get_args(Split)) or len(set(split)) < len(split):
@@ -221,6 +242,12 @@ def contributions(
 
     Raises:
       ValueError: no such layer or stage; arrays that do not fit the model or the layers.
+
+    Example:
+
+        trace = model(images, record=dict.fromkeys(("pattern", "v", "attn_out"), Take(layers=-1))).trace
+        update = trace["attn_out"][0][:, : model.prefix]
+        contributions(model, -1, trace["pattern"][0], trace["v"][0], update)  # [B, Q, T]: what each token brings of it
     """
     _check_stage(stage)
 
@@ -258,6 +285,12 @@ def patch_maps(
 
     Raises:
       ValueError: as `attention_parts`.
+
+    Example:
+
+        trace = model(images, record={"pattern": Take(layers=-1), "v": Take(layers=-1)}).trace
+        maps = patch_maps(model, -1, trace["pattern"][0], trace["v"][0], model.layout)
+        maps.attention[:, 0]  # [B, rows, columns], of [CLS]
     """
     if direction is None:
         direction = attention_parts(model, layers, pattern, v, layout, by=()).total()
@@ -280,6 +313,11 @@ def residual_parts(trace: Mapping[str, Array]) -> Float[Array, "S B T D"]:
 
     Raises:
       ValueError: sites that are missing, or not of the same layers or tokens.
+
+    Example:
+
+        trace = model(images, record=["resid_pre", "attn_out", "mlp_out"]).trace
+        residual_parts(trace).sum(0)  # [B, T, D], which is resid_post of the last layer
     """
     sites = ("resid_pre", "attn_out", "mlp_out")
     if missing := [site for site in sites if site not in trace]:
@@ -305,6 +343,11 @@ def accumulated_residual(
       trace: as of `residual_parts`.
       norm: what to read the stream through; `model.norm` gives every entry as if the blocks ended there, with
         statistics of its own.
+
+    Example:
+
+        trace = model(images, record=["resid_pre", "attn_out", "mlp_out"]).trace
+        accumulated_residual(trace, model.norm)[:, :, 0]  # [S, B, D]: [CLS], had the model ended there
     """
 
     # One after another, as the model adds them, so that in few bits too it is rounded like the model's stream.
@@ -325,6 +368,12 @@ def through_norm(model: ViT, summands: PyTree[Array], tokens: Float[Array, "*bat
 
     Args:
       summands, tokens: as summands and output of `direct_contributions`.
+
+    Example:
+
+        trace = model(images, record=["resid_pre", "attn_out", "mlp_out"]).trace
+        parts = residual_parts(trace)
+        through_norm(model, list(parts), parts.sum(0))  # of each part; with the norm's bias they add up to the output
     """
     norm = model.norm
     if not isinstance(norm, LayerNorm | RmsNorm):
@@ -354,6 +403,12 @@ def direct_contributions(summands: PyTree[Array], output: Float[Array, "*batch D
 
     Raises:
       ValueError: a summand whose shape does not fit the output.
+
+    Example:
+
+        trace = model(images, record=["resid_pre", "attn_out", "mlp_out"]).trace
+        parts = residual_parts(trace)[:, :, 0]
+        direct_contributions(list(parts), parts.sum(0))  # of each part, how much of [CLS] lies along it
     """
     return _each(lambda part, whole: (part * whole).sum(-1), summands, output)
 
@@ -364,6 +419,12 @@ def projection_shares(summands: PyTree[Array], output: Float[Array, "*batch D"])
     A share may be negative, or above 1. All are 0 where the output is 0.
 
     Args, returns and errors: as of `direct_contributions`.
+
+    Example:
+
+        trace = model(images, record=["resid_pre", "attn_out", "mlp_out"]).trace
+        parts = residual_parts(trace)[:, :, 0]
+        projection_shares(list(parts), parts.sum(0))  # shares that sum to 1
     """
 
     def share(part: Array, whole: Array) -> Array:

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxvit.analysis.look import percent
 from jaxvit.analysis.named import NamedArray
+from jaxvit.analysis.plots import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,13 +31,9 @@ SUFFIXES = (".png", ".pdf", ".svg", ".html")
 
 def draw(seen: Sequence[Seen], heads: Sequence[int] | None = None) -> Figure:
     """See `Look.figure`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("matplotlib is not installed: pip install matplotlib") from None
     rows = [panels(each, heads) for each in seen]
     columns = max(map(len, rows))
-    figure = Figure(figsize=(SIDE * columns, SIDE * len(rows) * 1.25 + 0.3), layout="constrained")
+    figure = new_figure(figsize=(SIDE * columns, SIDE * len(rows) * 1.25 + 0.3), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for each, row, places in zip(seen, rows, axes, strict=True):
         for (title, kind, value), place in zip(row, places, strict=False):

@@ -94,7 +94,8 @@ class NamedArray:
         """Where the n smallest values are, and what they are. NaN never is.
 
         Example:
-          sweep(model, images, edits, grids.heads(model)).mean("image").smallest(5)  # the heads that matter most
+
+            sweep(model, images, edits, grids.heads(model)).mean("image").smallest(5)  # the heads that matter most
         """
         opposite = NamedArray(-self.values, self.axes, self.name)
         return [(place, -value) for place, value in opposite.largest(n)]

@@ -47,6 +47,14 @@ def over_images(
 
     Raises:
       ValueError: no images, or a measure that does not give one entry for each image; processes with the same images.
+
+    Example:
+
+        def measure(model, images):
+            return {"norm": jnp.linalg.norm(model(images).cls, axis=-1)}
+
+        found = over_images(measure, model, jaxvit.stream(paths, model.config, 8))
+        found["norm"]  # one of each image, in their order
     """
 
     run, found = None, []

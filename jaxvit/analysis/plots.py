@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def plot(
-    array: NamedArray, path: Any = None, x: str | None = None, y: str | None = None, col: str | None = None
-) -> Figure:
-    """See `NamedArray.plot`."""
+def new_figure(**given: Any) -> Figure:
+    """A figure that a notebook shows, whether or not pyplot was imported; its arguments are those of matplotlib's.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("matplotlib is not installed: pip install matplotlib") from None
 
+    class ShownFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            picture = io.BytesIO()
+            self.savefig(picture, format="png", dpi=100)
+            return picture.getvalue()
+
+    return ShownFigure(**given)
+
+
+def plot(
+    array: NamedArray, path: Any = None, x: str | None = None, y: str | None = None, col: str | None = None
+) -> Figure:
+    """See `NamedArray.plot`."""
     if not 1 <= len(array.axes) <= 3:
         raise ValueError(f"{array!r} cannot be drawn: take the mean over, or select, all but one to three axes")
     roles = ("x", "y", "col")[: len(array.axes)]
@@ -30,7 +46,7 @@ def plot(
         raise ValueError(f"{array!r} is drawn with {' and '.join(roles)}, an axis each; {given} do not fit")
     left = iter(axis for axis in array.axes if axis not in given.values())
     chosen = {role: given.get(role) or next(left) for role in roles}
-    figure = Figure(layout="constrained")
+    figure = new_figure(layout="constrained")
     if len(array.axes) == 1:
         _draw_line(array, figure, chosen["x"])
     else:

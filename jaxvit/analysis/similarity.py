@@ -41,7 +41,12 @@ class CKA(NamedTuple):
 
 
 def cosine(x: Float[Array, "*#batch D"], y: Float[Array, "*#batch D"]) -> Float[Array, "*out"]:
-    """Cosine similarity over the last axis; 0 where a vector is zero."""
+    """Cosine similarity over the last axis; 0 where a vector is zero.
+
+    Example:
+
+        cosine(out.cls[:, None], out.patches)  # [B, N]
+    """
     norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
     return jnp.where(norms > 0, (x * y).sum(-1) / jnp.where(norms > 0, norms, 1), 0)
 
@@ -60,6 +65,15 @@ class StreamingCKA:
 
     Representations may have axes in front of their rows, [layers, heads, rows, d], the same for all: then there is one
     CKA for each entry of these.
+
+    Example:
+
+        cka = StreamingCKA()
+        for batch in jaxvit.stream(paths, model.config, 8):
+            found = model(batch.images)
+            rows = [np.asarray(a)[batch.valid] for a in (found.cls, found.patches.mean(1))]
+            cka.update(rows[0], {"mean patch": rows[1]})
+        cka.results()["mean patch"].unbiased  # linear CKA of [CLS] and the mean patch, over all images
     """
 
     def __init__(self) -> None:

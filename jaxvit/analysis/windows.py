@@ -32,6 +32,10 @@ class Windows:
       overlap: of neighbouring windows, as a part of their side: 0 to less than 1.
       positions: which ones patches get: "window", those of a picture of the window's size, or "whole", their own in the
         whole picture. Rotary positions are always those of the window.
+
+    Example:
+
+        Windows(518, overlap=0.25)  # squares of 518 pixels, each a quarter over the next
     """
 
     size: int | tuple[int, int]

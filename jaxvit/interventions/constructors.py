@@ -46,6 +46,10 @@ class Registers:
 
     Attributes:
       index: a number, several, or a mask of all registers; may be traced. None: all.
+
+    Example:
+
+        model(images, ablate(model, "resid_pre", layers=-1, tokens=Registers((0, 2))))
     """
 
     index: Indices = None

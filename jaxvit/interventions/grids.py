@@ -22,6 +22,15 @@ class Grid:
     index, and `jnp.select`, `jax.lax.switch` and indexing of stacked values turn the number of a word into what it
     means. As `tokens`, `query` or `key`, a bare number is the index of a group, out of `grids.groups`; a register's
     number, which is another, goes as `Registers(point["register"])`.
+
+    Example:
+
+        grid = Grid(layer=range(12), strength=[0.0, 0.5, 1.0])
+
+        def edits(point, clean):
+            return scale_skip(model, point["strength"], layers=point["layer"], tokens="cls")
+
+        sweep(model, images, edits, grid)  # layer x strength x image
     """
 
     def __init__(self, **axes: Iterable[Any] | Mapping[Label, Any]):
@@ -76,27 +85,64 @@ def groups(model: ViT, which: str = "all") -> dict[Label, int]:
 
 
 def heads(model: ViT) -> Grid:
-    """layer x head."""
+    """layer x head.
+
+    Example:
+
+        grids.heads(model)  # layer x head
+    """
     return Grid(layer=range(model.config.depth), head=range(model.config.heads))
 
 
 def layers_by_groups(model: ViT) -> Grid:
-    """layer x group of tokens."""
+    """layer x group of tokens.
+
+    Example:
+
+        def edits(point, clean):
+            return ablate(model, "resid_pre", layers=point["layer"], tokens=point["group"])
+
+        sweep(model, images, edits, grids.layers_by_groups(model))  # layer x group x image
+    """
     return Grid(layer=range(model.config.depth), group=groups(model))
 
 
 def group_edges(model: ViT, queries: str = "all") -> Grid:
-    """layer x query group x key group. With queries="prefix", only [CLS] and registers ask."""
+    """layer x query group x key group. With queries="prefix", only [CLS] and registers ask.
+
+    Example:
+
+        def edits(point, clean):
+            return knockout(model, query=point["query"], key=point["key"], layers=point["layer"])
+
+        sweep(model, images, edits, grids.group_edges(model, "prefix"))  # layer x query x key x image
+    """
     return Grid(layer=range(model.config.depth), query=groups(model, queries), key=groups(model))
 
 
 def registers(model: ViT) -> Grid:
-    """layer x single register, by its number from 0: `tokens=Registers(point["register"])`."""
+    """layer x single register, by its number from 0: `tokens=Registers(point["register"])`.
+
+    Example:
+
+        def edits(point, clean):
+            return ablate(model, "resid_pre", layers=point["layer"], tokens=Registers(point["register"]))
+
+        sweep(model, images, edits, grids.registers(model))  # layer x register x image
+    """
     if not model.config.registers:
         raise ValueError("this model has no registers")
     return Grid(layer=range(model.config.depth), register=range(model.config.registers))
 
 
 def tokens(model: ViT, layout: TokenLayout | None = None) -> Grid:
-    """Every token by its place in the sequence."""
+    """Every token by its place in the sequence.
+
+    Example:
+
+        def edits(point, clean):
+            return ablate(model, "resid_pre", layers=-1, tokens=TokenIndices(point["token"], model.layout))
+
+        sweep(model, images, edits, grids.tokens(model))  # token x image
+    """
     return Grid(token=range((layout or model.layout).tokens))

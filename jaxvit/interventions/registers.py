@@ -67,6 +67,11 @@ class Neurons(NamedTuple):
     Attributes:
       layer, channel: [k] integers, where each is: `mlp_post[layer][..., channel]`.
       score: [k], mean absolute activation at outlier tokens.
+
+    Example:
+
+        neurons = find_register_neurons(model, jaxvit.stream(paths, model.config, 8), count=20)
+        list(zip(neurons.layer, neurons.channel))[:3]
     """
 
     layer: np.ndarray

@@ -38,6 +38,12 @@ class ActivationStats:
     Attributes:
       count: [G], values seen of each group.
       means, squares: site -> [L, G, ..], the mean, and the sum of squared differences from it.
+
+    Example:
+
+        stats = ActivationStats.collect(model, jaxvit.stream(paths, model.config, 8), ["resid_pre", "z"])
+        stats.means["resid_pre"]  # [L, G, D]
+        edits = replace_by_mean(model, "resid_pre", stats, layers=-1, tokens="registers")
     """
 
     def __init__(self) -> None:

@@ -46,6 +46,10 @@ def cls_cosine(out: Output | PrefixOutput, clean: Output) -> Float[Array, " B"]:
 
     Raises:
       ValueError: a model without [CLS].
+
+    Example:
+
+        jaxvit.cls_cosine(model(images, remove_registers(model)), model(images))  # [B]
     """
     if out.cls is None or clean.cls is None:
         raise ValueError("this model has no [CLS]: give a metric, such as one of `out.pooled` and `clean.pooled`")
@@ -96,6 +100,14 @@ def sweep(
     Raises:
       ValueError: no images, a metric that is not about each image, or an axis of the grid called `image` or `metric`;
         processes with other images.
+
+    Example:
+
+        def edits(point, clean):
+            return ablate(model, "z", layers=point["layer"], heads=point["head"])
+
+        effect = sweep(model, images, edits, grids.heads(model))  # layer x head x image
+        effect.mean("image").smallest(5)  # the heads without which [CLS] moves most
     """
     model, mesh = parallel.working(model, mesh)
     takes = tuple({**as_takes(record_clean), "resid_pre": Take()}.items())

@@ -66,6 +66,12 @@ class Batch:
       indices: where each image stands among the sources.
       labels: the label of each image, or None for a stream without labels.
       names: the path of each image, or "image 3" for the source at index 3 that has none.
+
+    Example:
+
+        batch = next(jaxvit.stream(paths, model.config, batch_size=8))
+        batch.images  # [8, height, width, 3]; where there were fewer images, `valid` says which are none
+        cls = model(batch.images).cls[batch.valid]
     """
 
     images: Float[Array, "batch height width channels"]

@@ -151,6 +151,11 @@ def spread(images: Float[Array | np.ndarray, "B H W C"], mesh: Mesh) -> Float[Ar
 
     Raises:
       ValueError: images that cannot be divided so.
+
+    Example:
+
+        mesh = jaxvit.parallel.mesh()
+        model(spread(images, mesh)).cls  # each device has some of the images
     """
     sharding = NamedSharding(mesh, PartitionSpec(DATA))
     mine = mesh.shape[DATA] // len({device.process_index for device in mesh.devices.flat})
@@ -226,6 +231,10 @@ def wait(name: str = "") -> None:
 
     Raises:
       ProcessesError: one of them has ended, or waits under another name: it has failed where others went on.
+
+    Example:
+
+        wait("all have written")
     """
     if jax.process_count() == 1:
         return
@@ -277,6 +286,10 @@ def gather(tree: PyTree[np.ndarray]) -> list[PyTree[np.ndarray]]:
     """What each process gives, in their order; to all of them. Nested dicts of arrays, of any shapes.
 
     Arrays keep their types: they travel as bytes.
+
+    Example:
+
+        np.concatenate(gather(np.arange(3)))  # of all processes, in their order; here of one
     """
     if jax.process_count() == 1:
         return [tree]
@@ -293,7 +306,12 @@ def gather(tree: PyTree[np.ndarray]) -> list[PyTree[np.ndarray]]:
 
 
 def fetch(tree: PyTree[Any]) -> PyTree[np.ndarray]:
-    """Arrays on the host, whole, also those of which other processes hold a part: all processes must then call this."""
+    """Arrays on the host, whole, also those of which other processes hold a part: all processes must then call this.
+
+    Example:
+
+        fetch({"cls": model(images).cls})["cls"]  # a NumPy array
+    """
     if all(not isinstance(a, jax.Array) or a.is_fully_addressable for a in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     from jax.experimental.multihost_utils import process_allgather

@@ -41,6 +41,11 @@ class Features(Mapping[str, Any]):
       names: of the images, in the order of rows.
       labels: of the images, [images]; None where there are none.
       header: the model, its weights' checksum, the preparation, what was read, which images were left out, versions.
+
+    Example:
+
+        found = jaxvit.read_features("features.zarr")
+        found["cls"][0], found.names[0], found.header["model"]
     """
 
     def __init__(

@@ -207,6 +207,11 @@ class ViTConfig:
       resampling: the rule that brings positions to another grid. It belongs to the checkpoint's *source*: the same
         weights give different features at 224 px in different libraries.
       preprocess: how images are prepared.
+
+    Example:
+
+        ViTConfig(depth=4, width=64, heads=2, hidden=128, patch=8, grid=(8, 8), registers=4)
+        ViTConfig.dinov2("base", registers=4).layout(224, 224).tokens  # 261: [CLS], 4 registers, 16 x 16 patches
     """
 
     depth: int

@@ -112,6 +112,12 @@ class Edit(Operation):
       mask_over, value_over: whether token axes of `mask`, and of `scale` and `shift`, count `groups` or `tokens`.
       queries: at the attention sites, the query rows that may change: those of [CLS] and registers (`prefix`, whose
         weights are written out at little cost), or `all`. Over tokens, the query axis has as many rows.
+
+    Example:
+
+        mask = np.zeros((12, 1, 1, 1), np.float32)  # layers, images, groups, channels
+        mask[5] = 1
+        model(images, {"mlp_out": Edit(mask, scale=0.5)})  # half of what the MLP of layer 5 adds; as `amplify`
     """
 
     mask: Any
@@ -139,7 +145,8 @@ class Shuffle(Operation):
       order: [L or 1, B] integers: which image each image takes its value from.
 
     Example:
-      model(images, {"resid_pre": Shuffle(1.0, np.array([[1, 0]]))})  # two images swap
+
+        model(images, {"resid_pre": Shuffle(1.0, np.array([[1, 0]]))})  # two images swap
     """
 
     mask: Any
@@ -208,7 +215,8 @@ class Knockout(Operation):
       queries: as of `Edit`.
 
     Example:
-      model(images, {"scores": Knockout(mask)})  # `jaxvit.knockout` makes masks from names
+
+        model(images, {"scores": Knockout(mask)})  # `jaxvit.knockout` makes masks from names
     """
 
     mask: Any
@@ -396,6 +404,10 @@ def one_of(index: int | Array, *choices: Edits) -> Edits:
 
     Raises:
       ValueError: no choices, or a number out of range that is not traced.
+
+    Example:
+
+        one_of(1, ablate(model, "z", layers=3), ablate(model, "z", layers=4))  # the second; the number may be traced
     """
     if isinstance(index, int) and not 0 <= index < len(choices):
         raise ValueError(f"there is no choice {index}: they are 0 to {len(choices) - 1}" if choices else "no choices")

@@ -362,9 +362,10 @@ def each_layer(
       ValueError: a record of only some layers, or what the model raises.
 
     Example:
-      flow = each_layer(
-          model, images, lambda trace: attention_flow(trace["pattern"], layout), {"pattern": Take(tokens="all")}
-      )  # [L, B, H, G, G], of patterns that for all layers may take gigabytes
+
+        flow = each_layer(
+            model, images, lambda trace: attention_flow(trace["pattern"], layout), {"pattern": Take(tokens="all")}
+        )  # [L, B, H, G, G], of patterns that for all layers may take gigabytes
     """
 
     def of_trace(trace: dict[str, Array], block: Block, layer: Array) -> Any:

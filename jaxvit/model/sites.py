@@ -53,7 +53,8 @@ class Take:
         model that has no prefix).
 
     Example:
-      model(images, record={"pattern": Take(layers=-1), "resid_post": Take(layers=(0, 5), tokens="prefix")})
+
+        model(images, record={"pattern": Take(layers=-1), "resid_post": Take(layers=(0, 5), tokens="prefix")})
     """
 
     layers: int | Iterable[int] | np.ndarray | None = None

@@ -13,6 +13,11 @@ class TokenLayout:
 
     A *group* is a set of tokens that is read or edited as one: [CLS] is one, each register is one, and the last is all
     the patches. Register 0 is the first register, and never [CLS]. Some models have no class token (`cls` is False).
+
+    Example:
+
+        layout = model.config.layout(56, 112)  # of images of 56 x 112 pixels
+        layout.tokens, layout.group_names
     """
 
     registers: int

@@ -59,6 +59,12 @@ class Output(NamedTuple):
       logits: the checkpoint's classifier of what is pooled; None without one.
       projection: what is pooled, in the space a CLIP shares with texts; None without such a projection.
       trace: site -> [recorded layers, *axes of the site], see `SITES`; layers in the order asked for.
+
+    Example:
+
+        out = model(images, record=["resid_post"])
+        out.cls, out.registers, out.patches  # after the final norm
+        out.trace["resid_post"][-1]  # [B, T, D]
     """
 
     cls: Float[Array, "B D"] | None
@@ -83,6 +89,10 @@ class PrefixOutput(NamedTuple):
       registers: None with `outputs="cls"`.
       trace: as of `Output`.
       pooled, logits, projection: None too where they read patches, which were not computed.
+
+    Example:
+
+        model(images, outputs="prefix").registers  # [B, R, D]
     """
 
     cls: Float[Array, "B D"] | None
@@ -150,6 +160,11 @@ class ViT(nnx.Module):
     Args:
       config: sizes and choices.
       rngs: for the random initialisation; `nnx.Rngs(0)`.
+
+    Example:
+
+        model = ViT(ViTConfig.dinov2("small", registers=4), rngs=nnx.Rngs(0))  # random weights
+        out = model(images)
     """
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
@@ -252,9 +267,10 @@ class ViT(nnx.Module):
             that cannot be used here.
 
         Example:
-          out = model(images, record={"pattern": Take(layers=-1)})
-          out.trace["pattern"]  # [1, B, H, P, T]
-          model(images, outputs="cls").cls  # [B, D]; the last block costs a fifth
+
+            out = model(images, record={"pattern": Take(layers=-1)})
+            out.trace["pattern"]  # [1, B, H, P, T]
+            model(images, outputs="cls").cls  # [B, D]; the last block costs a fifth
         """
         c = self.config
         grid = self.check_images(images)

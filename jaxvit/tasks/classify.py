@@ -72,6 +72,11 @@ def logistic_regression(
     Args:
       labels: the class of each, or how much of each belongs to each class.
       tolerance: of `Fit.gradient`, at which it stops; after `iterations` steps it stops in any case.
+
+    Example:
+
+        fit = logistic_regression(features, labels, 10, l2=1.0)
+        fit.classifier.scores(features)  # [n, C]
     """
     if not l2 > 0:
         raise ValueError(f"l2 is {l2}; without a penalty above 0, classes that can be told apart have no best weights")
@@ -137,7 +142,12 @@ def _norm(gradient: dict[str, Array]) -> Array:
 
 
 def nearest_mean(features: Float[np.ndarray, "n D"], labels: Int[np.ndarray, " n"], classes: int) -> Classifier:
-    """Scores are cosines with the mean of each class, of features of length 1."""
+    """Scores are cosines with the mean of each class, of features of length 1.
+
+    Example:
+
+        nearest_mean(features, labels, 10).scores(features)  # [n, C]
+    """
     features = np.asarray(features, np.float64)
     means = np.zeros((classes, features.shape[1]))
     np.add.at(means, labels, features)
@@ -154,14 +164,19 @@ def nearest_neighbours(
 ) -> Float[np.ndarray, "n C"]:
     """Scores by the k neighbours of highest cosine, each counted exp(cosine / temperature) times.
 
-    That is the weighted k-NN of DINO's and DINOv2's evaluation. Features are those of `unit`.
+    That is the weighted k-NN of DINO's and DINOv2's evaluation. Lengths of features do not matter.
 
     Raises:
       ValueError: fewer than k images to learn from.
+
+    Example:
+
+        scores = nearest_neighbours(features, labels, features, 10, k=20)
+        accuracy(scores, labels, top=1)
     """
     if k > len(train):
         raise ValueError(f"{k} neighbours of {len(train)} images: give more images, or a smaller k")
-    scores = np.zeros((len(test), classes))
+    scores, train, test = np.zeros((len(test), classes)), unit(train), unit(test)
     for start in range(0, len(test), 256):
         cosines = test[start : start + 256] @ train.T
         near = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
@@ -204,6 +219,11 @@ def linear_probe(
 
     Raises:
       ValueError: no class has five images, so that none can be held out.
+
+    Example:
+
+        probe = linear_probe(features, labels, 10)
+        probe.l2, probe.held_out  # the penalty that did best on the part held out, and how each did
     """
     held = held_out(labels, seed)
     if not held.any():
@@ -232,7 +252,13 @@ def held_out(labels: Int[np.ndarray, " n"], seed: int) -> Bool[np.ndarray, " n"]
 
 
 def accuracy(scores: Float[np.ndarray, "n C"], labels: Int[np.ndarray, " n"], top: int) -> float:
-    """In how many of all images the right class is among the `top` ones of highest score; see `hits`."""
+    """In how many of all images the right class is among the `top` ones of highest score; see `hits`.
+
+    Example:
+
+        scores = nearest_neighbours(features, labels, features, 10)
+        accuracy(scores, labels, top=5)  # 0 to 1
+    """
     return float(hits(scores, labels, top).mean())
 
 
@@ -252,6 +278,10 @@ def t_interval(values: Sequence[float] | np.ndarray, confidence: float = CONFIDE
     """Mean of values that were drawn independently, and Student's t interval for what they are draws of.
 
     Of a single value the interval is NaN; of equal ones it has no length. It may reach below 0 or above 1.
+
+    Example:
+
+        t_interval([0.71, 0.74, 0.69])  # mean, low, high
     """
     drawn = np.asarray(values, np.float64)
     mean, n = float(drawn.mean()), len(drawn)

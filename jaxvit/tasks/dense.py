@@ -26,6 +26,10 @@ def parts_of_patches(
 
     Raises:
       ValueError: sides that are no multiples of the grid's.
+
+    Example:
+
+        parts_of_patches(masks, (4, 4), 3)  # [n, 4, 4, 3]: how much of each patch is of each class
     """
     n, H, W = masks.shape
     rows, columns = grid
@@ -50,6 +54,11 @@ def fit_segmentation(
     Args:
       l2: penalty, for features that are scaled as they are given.
       iterations: at most; a fit that has not converged by then warns.
+
+    Example:
+
+        classifier = fit_segmentation(patches, masks, 3)
+        score = mean_iou(segment(classifier, patches, (56, 56)), masks, 3)
     """
     parts = parts_of_patches(masks, patches.shape[1:3], classes).reshape(-1, classes)
     flat, known = patches.reshape(-1, patches.shape[-1]), parts.sum(axis=1) > 0
@@ -59,7 +68,13 @@ def fit_segmentation(
 def segment(
     classifier: Classifier, patches: Float[np.ndarray, "n rows columns D"], size: tuple[int, int]
 ) -> Iterator[Integer[np.ndarray, "H W"]]:
-    """The class of each pixel, picture by picture: scores of patches, upsampled bilinearly, and the largest."""
+    """The class of each pixel, picture by picture: scores of patches, upsampled bilinearly, and the largest.
+
+    Example:
+
+        classifier = fit_segmentation(patches, masks, 3)
+        next(segment(classifier, patches, (56, 56)))  # [56, 56], a class of each pixel
+    """
     for picture in patches:
         scores = classifier.scores(picture.reshape(-1, picture.shape[-1]))
         scores = jnp.asarray(scores.reshape(*picture.shape[:2], -1), jnp.float32)
@@ -68,7 +83,12 @@ def segment(
 
 
 def mean_iou(found: Iterator[np.ndarray], masks: Integer[np.ndarray, "n H W"], classes: int) -> Score:
-    """Mean over classes of intersection over union, each summed over all images; without classes that are nowhere."""
+    """Mean over classes of intersection over union, each summed over all images; without classes that are nowhere.
+
+    Example:
+
+        mean_iou(iter(masks), masks, 3).value  # 1.0
+    """
     counts = []
     for ours, mask in zip(found, masks, strict=True):
         known = mask != IGNORED

@@ -42,14 +42,24 @@ def pck(
     extent: float | int,
     alpha: float = 0.1,
 ) -> Bool[np.ndarray, " points"]:
-    """Which points are right: within `alpha` times `extent`, the larger side of the object's box (Yang & Ramanan)."""
+    """Which points are right: within `alpha` times `extent`, the larger side of the object's box (Yang & Ramanan).
+
+    Example:
+
+        pck(np.array([[10.0, 10.0], [50.0, 9.0]]), np.array([[12.0, 10.0], [9.0, 9.0]]), extent=40)  # True, False
+    """
     return np.linalg.norm(found - expected, axis=1) <= alpha * extent
 
 
 def point_in_box(
     cls: Float[np.ndarray, " D"], patches: Float[np.ndarray, "rows columns D"], box: Box
 ) -> tuple[bool, tuple[float, float]]:
-    """Whether the patch of highest cosine with [CLS] lies in the box, and its centre."""
+    """Whether the patch of highest cosine with [CLS] lies in the box, and its centre.
+
+    Example:
+
+        inside, point = point_in_box(np.asarray(out.cls[0]), patches[0], (0, 0, 4, 4))
+    """
     scores = unit(patches) @ unit(cls)
     row, column = np.unravel_index(scores.argmax(), scores.shape)
     point = (float(row) + 0.5, float(column) + 0.5)
@@ -66,6 +76,10 @@ def lost(features: Float[np.ndarray, "rows columns D"], expand: int = 100) -> Bo
 
     Args:
       features: the paper takes the keys of the last layer.
+
+    Example:
+
+        lost(patches[0])  # top, left, bottom, right, in patches
     """
     shape = features.shape[:2]
     flat = np.asarray(features, np.float64).reshape(-1, features.shape[-1])
@@ -83,7 +97,12 @@ def lost(features: Float[np.ndarray, "rows columns D"], expand: int = 100) -> Bo
 
 
 def overlap(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes; CorLoc counts images where it is above 0.5."""
+    """Intersection over union of two boxes; CorLoc counts images where it is above 0.5.
+
+    Example:
+
+        overlap((0, 0, 4, 4), (0, 0, 4, 2))  # 0.5
+    """
     height, width = (max(min(a[i + 2], b[i + 2]) - max(a[i], b[i]), 0) for i in (0, 1))
     sizes = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
     union = sum(sizes) - height * width

@@ -48,7 +48,12 @@ class Score(NamedTuple):
 
 
 def mean_of(values: Shaped[np.ndarray, " images"]) -> Score:
-    """The mean over images, such as an accuracy of zeros and ones."""
+    """The mean over images, such as an accuracy of zeros and ones.
+
+    Example:
+
+        mean_of(np.array([True, True, False])).value  # 2 / 3
+    """
     counts = np.stack([np.asarray(values, np.float64), np.ones(len(values))], axis=1)
     return Score(counts, lambda sums: sums[..., 0] / sums[..., 1])
 

@@ -36,7 +36,7 @@ def lora(
 
     Example:
 
-        learn, frozen = split(attach_head(model, 10), "head")
+        learn, frozen = split(attach_head(model, 10, key=jax.random.key(1)), "head")
         learn |= lora(model, 8, key=jax.random.key(0))
     """
     params, depth = to_params(model), model.config.depth

@@ -44,6 +44,11 @@ def some_patches(key: Array, batch: int, patches: int, keep: float) -> Int[Array
 
     Raises:
       ValueError: another part.
+
+    Example:
+
+        kept = some_patches(jax.random.key(0), len(images), model.layout.patches, 0.25)
+        apply(learn, frozen, images, kept=kept).patches  # [B, K, D], a quarter of the patches
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep is {keep}; expected more than 0, and at most 1")
@@ -57,6 +62,10 @@ def random_mask(key: Array, batch: int, patches: int, part: float) -> Bool[Array
 
     Raises:
       ValueError: a part that is not from 0 to 1.
+
+    Example:
+
+        masked = random_mask(jax.random.key(0), len(images), 16, 0.4)  # [B, N]
     """
     if not 0 <= part <= 1:
         raise ValueError(f"part is {part}; expected 0 to 1")

@@ -27,7 +27,8 @@ def decays(learn: Mapping[str, Array]) -> dict[str, bool]:
 def layer_decay(depth: int, factor: float) -> optax.GradientTransformation:
     """Multiplies updates by `factor` for each layer between them and the head, as timm's layer_decay.
 
-    Head and final norm learn at the full rate, the last block at `factor`, the embedding at `factor`^(depth + 1).
+    Head and final norm learn at the full rate, the last block at `factor`, the embedding at
+    `factor` to the power of depth + 1.
 
     Args:
       depth: number of blocks.
@@ -63,6 +64,10 @@ def cross_entropy(logits: Float[Array, "B C"], labels: Int[Array, " B"], smoothi
 
     Args:
       smoothing: how much of each label is spread evenly over all classes.
+
+    Example:
+
+        cross_entropy(model(images).logits, jnp.array([3, 7]), smoothing=0.1)
     """
     scores = jax.nn.log_softmax(logits.astype(wide_dtype(logits.dtype)))
     right = jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]

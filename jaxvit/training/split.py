@@ -54,6 +54,11 @@ class Frozen:
       params: name -> array. Of blocks some of whose layers learn it is the whole stack, in which these layers hold what
         they started from.
       config: of the model.
+
+    Example:
+
+        learn, frozen = split(model, "norms")
+        apply(learn, frozen, images).cls  # [B, D]
     """
 
     params: Params
@@ -82,7 +87,7 @@ def split(model: ViT, *trainable: str) -> tuple[Params, Frozen]:
 
     Example:
 
-        learn, frozen = split(attach_head(model, 10), "head", "blocks[-2:]")
+        learn, frozen = split(attach_head(model, 10, key=jax.random.key(0)), "head", "blocks[-2:]")
     """
     params, depth = to_params(model), model.config.depth
     chosen: dict[str, np.ndarray] = {}
