@@ -273,6 +273,22 @@ def is_jaxvit_folder(source: Any) -> bool:
     return True
 
 
+def of_its_size(config: jaxvit.ViTConfig, hints: Mapping[str, Any]) -> tuple[jaxvit.ViTConfig, dict[str, str]]:
+    """The config with a preparation of images that the original takes, and why it is an assumption, if it is one.
+
+    Many models take images of one size alone ("fixed" of the hints). One that was fine-tuned at another size than its
+    architecture's often keeps the architecture's preparation beside it, which the original itself would refuse.
+    """
+    own, prepared = (config.grid[0] * config.patch, config.grid[1] * config.patch), config.preprocess
+    if not (hints.get("fixed") and config.positions and "preprocess" in hints) or prepared.size == own:
+        return config, {}
+    if hints.get("preparation") == "given":
+        return config, {}
+    h, w = prepared.size
+    why = f"{hints.get('preparation', 'as published')} is for {h}x{w}, and the original takes {own[0]}x{own[1]} alone"
+    return replace(config, preprocess=prepared.at(own)), {"preprocess": why}
+
+
 def recognise(source: Source) -> tuple[Layout, Renamed, jaxvit.ViTConfig]:
     """The layout of a source, its tensors under the layout's names, and its config.
 
@@ -288,7 +304,8 @@ def recognise(source: Source) -> tuple[Layout, Renamed, jaxvit.ViTConfig]:
     try:
         prefix = source.hints.get("within", "") + tensors.prefix
         config, assumed = layout.config(tensors, {**source.hints, "prefix": prefix})
-        source.assumed = {**assumed, **source.hints.get("unsure", {})}
+        config, fitted = of_its_size(config, source.hints)
+        source.assumed = {**assumed, **source.hints.get("unsure", {}), **fitted}
         return layout, tensors, config
     except KeyError as error:
         raise ConversionError(f"not a complete {layout.name} checkpoint: {error.args[0]} is missing") from None

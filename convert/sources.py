@@ -484,6 +484,7 @@ def transformers_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ConversionError(f"the config's {', '.join(wrong)} should be numbers")
     if isinstance(size := config.get("image_size"), int):
         hints["image"] = (size, size)
+    hints["fixed"] = kind in ("clip", "metaclip_2", "chinese_clip", "altclip")  # others resample their positions
     gated = config.get("use_swiglu_ffn") or config.get("use_gated_mlp")
     return hints if gated else {**hints, "mlp": ACTIVATIONS[act]}
 

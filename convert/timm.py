@@ -144,7 +144,7 @@ def architecture_hints(name: str) -> dict[str, Any]:
     if "refused" in known:
         raise ConversionError(f"{name} cannot be converted: {known['refused']}")
     facts = {field: known[field] for field in FACTS} | dict(zip(SIZES, known["shape"], strict=True))
-    return {"library": "timm", "architecture": name, **facts, **tag_hints(base, tag, known["prepared"])}
+    return {"library": "timm", "architecture": name, "fixed": True, **facts, **tag_hints(base, tag, known["prepared"])}
 
 
 def tag_hints(name: str, tag: str, prepared: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -196,6 +196,8 @@ def folder_hints(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ConversionError("the config.json asks for an average that includes the tokens before the patches")
     if arguments.get("pos_embed") == "none":
         hints["positions"] = False
+    resamples = arguments.get("dynamic_img_size") or not arguments.get("strict_img_size", True)
+    hints["fixed"] = bool(hints.get("fixed") and pretrained.get("fixed_input_size", True) and not resamples)
     if size := arguments.get("img_size") or pretrained.get("input_size"):
         hints["image"] = pixels(size)
     if "pool_prefix" in hints:
@@ -308,6 +310,7 @@ def module_hints(module: Any) -> dict[str, Any]:
     if getattr(module, "pos_embed", None) is not None:
         hints["grid"] = tuple(module.patch_embed.grid_size)
     hints["positions"] = "grid" in hints
+    hints["fixed"] = bool(module.patch_embed.strict_img_size and not module.dynamic_img_size)
     return hints | preprocess_hints(getattr(module, "pretrained_cfg", None) or {})
 
 

@@ -134,7 +134,8 @@ def test_dino_s_rule_of_positions_is_an_assumption_where_others_have_its_names()
     assert "preprocess" in found
     assert "resampling" not in assumed(state, resampling="bicubic")
     told = assumed(state, architecture="vit_small_patch16_224.dino")
-    assert not {"resampling", "preprocess", "heads"} & set(told)
+    assert not {"resampling", "heads"} & set(told)
+    assert "for 224x224, and the original takes 32x32 alone" in told["preprocess"]
 
 
 def test_an_architecture_of_other_sizes_is_refused(tmp_path):

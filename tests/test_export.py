@@ -36,7 +36,7 @@ from convert.originals import (
     original_of,
 )
 from convert.verify import arithmetic, error, results
-from jaxvit import ViTConfig
+from jaxvit import Preprocess, ViTConfig
 from jaxvit.model.params import abstract, from_params, to_params
 
 BASE = dict(depth=2, width=64, heads=2, hidden=128, patch=4, grid=(4, 4))
@@ -60,8 +60,9 @@ CONFIGS = {
     "dino": ViTConfig(**PLAIN),
     "ibot": ViTConfig(**BASE, pool="mean", final_norm="pooled"),
     "distilled": ViTConfig(**PLAIN, registers=1, pool="distilled", classes=5),
-    "clip": ViTConfig(**CLIP, projection=9),
-    "clip without projection": ViTConfig(**dict(CLIP, mlp="gelu")),
+    # Its originals take images of one size alone: other preparations would not come back.
+    "clip": ViTConfig(**CLIP, projection=9, preprocess=Preprocess(18, 16)),
+    "clip without projection": ViTConfig(**dict(CLIP, mlp="gelu"), preprocess=Preprocess(18, 16)),
     "registers, no class token": ViTConfig(**BASE, cls=False, registers=4, pool="mean", final_norm="pooled"),
     "siglip": ViTConfig(
         **PLAIN, cls=False, registers=1, pool="attention", pool_prefix=True, mlp="gelu_tanh", classes=5

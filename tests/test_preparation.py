@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
@@ -204,3 +205,53 @@ def test_a_file_without_a_processor_that_says_all_is_taken():
 def test_every_processor_of_a_family_is_tested():
     assert set(PROCESSORS) == {*ON_PILLOW, "DINOv3ViT"}
     assert timm.__version__  # the table of tags is timm's of this version
+
+
+# Fine-tuned at another size ------------------------------------------------------------------------------------------
+
+
+def small_timm(**given):
+    timm = pytest.importorskip("timm")
+    sizes = dict(depth=1, embed_dim=64, num_heads=1, num_classes=3)
+    return timm.create_model("vit_small_patch14_reg4_dinov2", pretrained=False, **sizes, **given)
+
+
+def test_a_model_of_one_size_is_prepared_for_it():
+    """timm keeps the preparation for 518 pixels beside a model that it lets take 224 alone."""
+    model, provenance = convert.load_described(small_timm(img_size=224))
+    assert model.config.preprocess.size == (224, 224) and model.config.grid == (16, 16)
+    assert any("518x518" in line and "takes 224x224 alone" in line for line in provenance.assumptions)
+    with pytest.raises(AssertionError):  # the original
+        small_timm(img_size=224)(torch.zeros(1, 3, 518, 518))
+
+
+@pytest.mark.parametrize("given", [dict(img_size=224, dynamic_img_size=True), {}])
+def test_a_model_that_takes_it_keeps_its_preparation(given):
+    model, provenance = convert.load_described(small_timm(**given))
+    assert model.config.preprocess.size == (518, 518) and not provenance.assumptions
+
+
+def test_a_file_with_an_architecture_is_prepared_for_its_own_grid(tmp_path):
+    sizes = {"depth": 1, "width": 64, "heads": 1}
+    torch.save(small_timm(img_size=224).state_dict(), tmp_path / "tuned.pth")
+    known = dict(architecture="vit_small_patch14_reg4_dinov2")
+    model, provenance = convert.load_described(tmp_path / "tuned.pth", config=sizes, **known)
+    assert model.config.preprocess.size == (224, 224)
+    assert any("takes 224x224 alone" in line for line in provenance.assumptions)
+    own = sizes | {"preprocess": {"resize": 518, "crop": 518}}
+    assert convert.load(tmp_path / "tuned.pth", config=own, **known).config.preprocess.size == (518, 518)
+
+
+def test_a_folder_of_timm_says_whether_it_takes_other_sizes(tmp_path):
+    from safetensors.torch import save_file
+
+    model = small_timm(img_size=224)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    arguments = dict(img_size=224, depth=1, embed_dim=64, num_heads=1)
+    content = dict(architecture="vit_small_patch14_reg4_dinov2", num_classes=3, model_args=arguments)
+    for fixed, size in ((True, 224), (False, 518)):
+        content["pretrained_cfg"] = dict(input_size=[3, 518, 518], crop_pct=1.0, fixed_input_size=fixed)
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        found, provenance = convert.load_described(tmp_path)
+        assert found.config.preprocess.size == (size, size)
+        assert any("takes 224x224 alone" in line for line in provenance.assumptions) == fixed
