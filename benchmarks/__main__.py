@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import architectures, conversion, families, features, parity, sources, speed, tiles
+from benchmarks import architectures, conversion, differences, families, features, parity, sources, speed, tiles
 
 COMMANDS = {
     "speed": ("how fast jaxvit is beside PyTorch", speed),
@@ -16,6 +16,7 @@ COMMANDS = {
     "families": ("how equal every family is, from every source", families),
     "sources": ("what comes of every kind of file that users have", sources),
     "architectures": ("which of timm's Vision Transformers convert, and how equal they are", architectures),
+    "differences": ("how far features move when one thing differs", differences),
     "conversion": ("how much memory the conversion of a large checkpoint takes", conversion),
 }
 
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         ("conversion", "docs/conversion.md"),
         ("families", "docs/families.md"),
         ("sources", "docs/sources.md"),
+        ("differences", "docs/guides/numbers-differ.md"),
     ):
         of[name].add_argument("--write", action="store_true", help=f"put the table into {where}")
     where = "docs/architectures.md and convert/architectures.json"
@@ -77,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
             families.main(o.write)
         case "sources":
             sys.exit(sources.main(o.write))
+        case "differences":
+            differences.main(o.write)
         case "architectures":
             architectures.main(o.write, o.facts)
         case "conversion":

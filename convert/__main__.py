@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "convert"
     try:
         return COMMANDS[command](arguments)
+    except BrokenPipeError:
+        raise
     except (ConversionError, jaxvit.CheckpointError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)  # libraries' messages have several lines
         return 1

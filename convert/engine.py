@@ -368,8 +368,10 @@ def larger_model(tensors: Tensors, left: Sequence[str]) -> str:
     outside = [name for name in left if " (outside " in name and prefix.endswith(name.rpartition("outside ")[2][:-1])]
     if not outside or not prefix:
         return ""
+    first = outside[0].partition(" ")[0]
+    which = f"{len(outside)} tensors, such as {first}, stand" if len(outside) > 1 else f"{first} stands"
     return (
-        f"{len(outside)} tensors, such as {outside[0].partition(' ')[0]}, stand beside {prefix}*: if this is an "
+        f"{which} beside {prefix}*: if this is an "
         f"encoder inside a larger model, say --prefix {prefix} (prefix='{prefix}') to take it alone"
     )
 

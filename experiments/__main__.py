@@ -87,6 +87,8 @@ def reported(options: argparse.Namespace) -> int:
         raise  # an OSError that only whoever watches the processes can report
     except MemoryError:
         print(f"error: out of memory; take a smaller --batch-size; {resumable}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         print(f"error: {error.filename or options.out}: {error.strerror or error}; {resumable}", file=sys.stderr)
     except EXPECTED as error:

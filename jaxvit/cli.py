@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,18 @@ EXPERIMENTS = ("run", "sensitivity")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command, and returns the exit status. What a user can cause is one line on stderr."""
+    try:
+        try:
+            return run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """See `main`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else ""
     if command in ("--help", "-h", "help"):

@@ -122,6 +122,8 @@ def written(
         return 1
     except jaxvit.parallel.ProcessesError:
         raise  # an OSError that only whoever watches the processes can report
+    except BrokenPipeError:
+        raise
     except OSError as error:
         partial = Path(f"{options.out}.partial")
         kept = f": what is done is kept in {partial}, --resume goes on" if partial.is_dir() else f": {error.filename}"

@@ -87,6 +87,8 @@ def main(arguments: Sequence[str]) -> int:
         return tuned(options, reading)
     except errors() as error:
         print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
     return 1

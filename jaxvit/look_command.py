@@ -83,6 +83,8 @@ def main(arguments: Sequence[str]) -> int:
             foreground=options.foreground,
         )
         seen.save(options.out, options.heads)
+    except BrokenPipeError:
+        raise
     except (*errors(), OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

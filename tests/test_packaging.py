@@ -192,6 +192,16 @@ def test_help_teaches(capsys):
     assert "facebook/dinov2-with-registers-small" in out and len(out.splitlines()) < 25
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """`jaxvit list | head -1`: the pipe is closed while the command writes."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    code = "import sys; from jaxvit import cli; sys.exit(cli.main(['list']))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writes, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 @pytest.mark.parametrize("words", [[], ["convrt", "a", "b"], ["--verify"], ["A10"]], ids=" ".join)
 def test_unknown_commands(words, capsys):
     assert cli.main(words) == 2

@@ -106,6 +106,8 @@ def main(arguments: Sequence[str]) -> int:
             "versions": versions("jaxvit", "jax", "numpy", "optax", "pillow", "scipy"),
         }
         options.out.write_text(json.dumps(about | {"tasks": found}, indent=1) + "\n", encoding="utf-8")
+    except BrokenPipeError:
+        raise
     except (*errors(), OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
