@@ -9,12 +9,14 @@ sys.path.insert(0, str(HERE))
 
 import docstrings  # noqa: E402
 import generate  # noqa: E402
+import latex2mathml.converter  # noqa: E402
+from docutils.nodes import SkipNode  # noqa: E402
 
 project, author, copyright = "jaxvit", "the jaxvit authors", "the jaxvit authors, Apache-2.0"
 release = version = version_of("jaxvit")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_design"]
-exclude_patterns = ["generated/experiments/*"]
+exclude_patterns = ["formulas.md"]  # parts of it stand in the pages of experiments
 suppress_warnings = ["myst.header"]  # a page may leave out a level of headings
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_block"]
@@ -56,6 +58,20 @@ def offer_notebook(app, name: str, source: list[str]) -> None:
         )
 
 
+def formula(display: str):
+    """Writes LaTeX as MathML, which browsers show without a script from elsewhere."""
+
+    def visit(translator, node) -> None:
+        translator.body.append(latex2mathml.converter.convert(node.astext(), display=display))
+        raise SkipNode
+
+    return visit, None
+
+
+html_math_renderer = "mathml"
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", formula("inline"), formula("block"))
     app.connect("source-read", offer_notebook)
     app.connect("autodoc-process-docstring", docstrings.to_rst, priority=400)  # before napoleon reads them

@@ -5,38 +5,57 @@ They are made anew at each build, into docs/generated, so that they cannot drift
 
 from __future__ import annotations
 
+import json
 import re
 import types
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
+from typing import Any
+
+import figures
 
 import jaxvit
 from jaxvit import SITES, convert
 from jaxvit.convert.catalogue import known
 from jaxvit.convert.published import architectures
-from jaxvit.experiments.core.experiment import Experiment
-from jaxvit.experiments.runner.registry import EVERY
+from jaxvit.experiments.core.experiment import Experiment, Option
+from jaxvit.experiments.runner.registry import EXPERIMENTS
 
 NOTEBOOKS = "notebooks"
 
 
 def everything(docs: Path) -> None:
-    """Writes all generated pages; a file that would be the same is left alone, so that Sphinx does not read it anew."""
+    """Writes all generated pages, and removes those of before that are no more.
+
+    A file that would be the same is left alone, so that Sphinx does not read it anew.
+    """
     place = docs / "generated"
+    before = {path for path in place.rglob("*") if path.is_file()}
+    WRITTEN.clear()
     write(place / "sites.svg", sites_svg())
     write(place / "models.md", models_page())
-    for e in EVERY.values():
-        write(place / "experiments" / f"{e.id.lower()}.md", experiment_part(e))
+    told = json.loads(figures.TOLD.read_text(encoding="utf-8"))
+    formulas = quantities(docs)
+    for e in EXPERIMENTS.values():
+        page = experiment_page(e, told, formulas.get(e.id, ""))
+        write(place / "experiments" / f"{e.id.lower()}.md", page)
+    write(place / "experiments" / "index.md", experiment_index())
     pages = dict(api_pages((docs / "names.md").read_text(encoding="utf-8")))
     for name, page in pages.items():
         write(place / "api" / f"{name}.md", page)
     write(place / "api" / "index.md", api_index(pages))
     notebooks(docs, place / "download" / NOTEBOOKS)
     data_of_notebooks(docs)
+    for path in before - WRITTEN:
+        path.unlink()
+
+
+WRITTEN: set[Path] = set()
 
 
 def write(path: Path, text: str) -> None:
+    WRITTEN.add(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
@@ -132,28 +151,67 @@ def of_timm(facts: dict[str, object]) -> tuple[object, ...]:
 # Experiments ----------------------------------------------------------------------------------------------------------
 
 
-def experiment_part(e: Experiment) -> str:
-    """Options and help of an experiment, to be included in its page."""
-    text = [f"```text\n{e.help.strip()}\n```"]
+def quantities(docs: Path) -> dict[str, str]:
+    """Experiment -> what is computed, where a formula says it; from docs/formulas.md."""
+    text = (docs / "formulas.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"^## (\w+)\n\n(.*?)(?=\n## |\Z)", text, re.MULTILINE | re.DOTALL))
+
+
+def experiment_page(e: Experiment, told: dict[str, Any], quantity: str = "") -> str:
+    """What an experiment computes, its options, its command, and what the demo's models show.
+
+    Args:
+      told: what docs/figures.py took from a run.
+      quantity: a formula of what is computed.
+    """
+    first = f"{e.figure.capitalize()} of the paper. " if e.figure else "It goes beyond the paper. "
+    text = [f"# {e.id}: {e.title}", first + e.shown]
+    if quantity:
+        text += ["## The quantity", quantity.strip()]
+    text += ["## What it computes", f"```text\n{e.help.strip()}\n```"]
     if e.options:
-        rows = [
-            (
-                f"`--{e.id.lower()}-{option.name}`".replace("_", "-"),
-                f"`{option.default}`",
-                choices_of(option),
-                option.help,
-            )
-            for option in e.options
-        ]
-        text.append(
-            "\n".join([row("option", "default", "choices", "what"), "|---|---|---|---|", *(row(*r) for r in rows)])
-        )
-    return "\n\n".join(text) + "\n"
+        rows = [(f"`{flag(e, o)}`", f"`{o.default}`", choices_of(o), o.help) for o in e.options]
+        head = [row("option", "default", "choices", "what"), "|---|---|---|---|"]
+        text += ["## Choices that the paper leaves open", "\n".join([*head, *(row(*each) for each in rows)])]
+    text += [
+        "## What the demo shows",
+        f"On {told['images']} photographs. DINOv2 small has no registers; `scenes R0` and `scenes R4` are small models "
+        "that this project trained on generated scenes, without and with 4 registers. They are no stand-in for "
+        "published ones. `make docs-data` made this section.",
+        *(f"![{e.title}](../../figures/{name}.png)" for name in figures.SHOWN[e.id]),
+    ]
+    if (table := told["tables"].get(e.id)) is not None:
+        lines = [row(*table["head"]), "|" + "---|" * len(table["head"]), *(row(*each) for each in table["rows"])]
+        text += ["\n".join(lines), table["note"]]
+    if claims := told["claims"].get(e.id):
+        verdicts = {True: "holds", False: "does not hold", None: "not decided"}
+        rows = [(verdicts[claim["holds"]], claim["text"], claim["on"], claim["by"]) for claim in claims]
+        head = [row("", "statement", "on", "by"), "|---|---|---|---|"]
+        text += ["## Statements that are tested", "\n".join([*head, *(row(*map(cell, each)) for each in rows)])]
+    controlled = "It is also measured under every replacement of [B2](b2.md). " if e.controlled else ""
+    text += ["## The command", f"    jaxvit {e.id} --models MODEL .. --images FOLDER --out OUT"]
+    text += [f"{controlled}[The paper, from one command](../../experiments.md) runs it with all others."]
+    return "\n\n".join(part for part in text if part) + "\n"
 
 
-def choices_of(option: object) -> str:
-    choices = getattr(option, "choices", None)
-    return ", ".join(f"`{choice}`" for choice in choices) if choices else ""
+def flag(e: Experiment, option: Option) -> str:
+    return f"--{e.id.lower()}-{option.name}".replace("_", "-")
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def experiment_index() -> str:
+    pages = "\n".join(id.lower() for id in EXPERIMENTS)
+    return (
+        "# One page for each experiment\n\nA1 to A9 are figures and equations of the paper, B1 to B7 go beyond it.\n\n"
+        f"```{{toctree}}\n:maxdepth: 1\n\n{pages}\n```\n"
+    )
+
+
+def choices_of(option: Option) -> str:
+    return ", ".join(f"`{choice}`" for choice in option.choices or ())
 
 
 # Names ----------------------------------------------------------------------------------------------------------------
