@@ -286,7 +286,8 @@ def of_its_size(config: jaxvit.ViTConfig, hints: Mapping[str, Any]) -> tuple[jax
         return config, {}
     h, w = prepared.size
     why = f"{hints.get('preparation', 'as published')} is for {h}x{w}, and the original takes {own[0]}x{own[1]} alone"
-    return replace(config, preprocess=prepared.at(own)), {"preprocess": why}
+    also = hints.get("unsure", {}).get("preprocess")
+    return replace(config, preprocess=prepared.at(own)), {"preprocess": f"{why}; {also}" if also else why}
 
 
 def recognise(source: Source) -> tuple[Layout, Renamed, jaxvit.ViTConfig]:

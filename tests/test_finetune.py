@@ -294,6 +294,20 @@ def test_the_command(model, tmp_path, capsys, monkeypatch):
     assert "holds no run of fine-tuning" in capsys.readouterr().err
 
 
+def test_too_few_images_to_score_are_enough_to_learn_from(model, tmp_path, capsys):
+    """k-NN takes twenty."""
+    jaxvit.save(model, tmp_path / "model")
+    for number in range(12):
+        place = tmp_path / "images" / CLASSES[number % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(number)).save(place / f"{number}.png")
+    command = ["finetune", str(tmp_path / "model"), "--labelled", str(tmp_path / "images"), "--batch-size", "4"]
+    assert cli.main([*command, "--epochs", "1", "--out", str(tmp_path / "tuned")]) == 0
+    told = capsys.readouterr()
+    assert "knn needs 20 images to learn from, not 9" in told.err and "the model is written all the same" in told.err
+    assert jaxvit.load(tmp_path / "tuned").config.classes == 3 and "next: jaxvit export" in told.out
+
+
 def test_the_split_of_the_evaluation_is_that_of_the_training(tmp_path):
     """`jaxvit evaluate` with the printed options tests on the images held out, and on no other."""
     from experiments.evaluate import data

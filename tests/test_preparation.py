@@ -242,6 +242,16 @@ def test_a_file_with_an_architecture_is_prepared_for_its_own_grid(tmp_path):
     assert convert.load(tmp_path / "tuned.pth", config=own, **known).config.preprocess.size == (518, 518)
 
 
+def test_what_else_is_unsure_of_the_preparation_is_told_too(tmp_path):
+    """Other weights of this architecture have another mean."""
+    sizes = dict(depth=1, embed_dim=64, num_heads=1, num_classes=3)
+    torch.save(timm.create_model("vit_base_patch16_224", img_size=96, **sizes).state_dict(), tmp_path / "tuned.pth")
+    known = dict(architecture="vit_base_patch16_224", config={"depth": 1, "width": 64, "heads": 1})
+    _, provenance = convert.load_described(tmp_path / "tuned.pth", **known)
+    (told,) = (line for line in provenance.assumptions if line.startswith("preprocess"))
+    assert "takes 96x96 alone" in told and "have another" in told
+
+
 def test_a_folder_of_timm_says_whether_it_takes_other_sizes(tmp_path):
     from safetensors.torch import save_file
 
