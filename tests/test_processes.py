@@ -9,9 +9,11 @@ import subprocess
 import sys
 import textwrap
 import time
+import tomllib
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import TINY, random_model
@@ -21,7 +23,7 @@ import jaxvit
 from experiments.__main__ import main as experiments
 from experiments.runner.parts import dealt, missing, run_parts
 from experiments.runner.store import Store
-from jaxvit import Preprocess, ViTConfig, processes
+from jaxvit import Preprocess, ViTConfig, parallel, processes
 from jaxvit.features_command import main as features
 
 HERE = Path(__file__).parent
@@ -296,3 +298,41 @@ def test_who_watches_says_that_another_process_was_lost(monkeypatch, capfd):
     with pytest.raises(SystemExit) as ended:
         processes.in_processes(parser, parser.parse_args(["--distributed"]), lost)
     assert ended.value.code == processes.LOST
+
+
+@pytest.mark.parametrize(
+    ("tasks", "visible", "expected"),
+    [
+        ("1(x4)", "0,1,2,3", [0, 1, 2, 3]),  # JAX would take one of the four
+        ("1", "GPU-a,GPU-b", [0, 1]),
+        ("4(x2)", "0,1,2,3", None),
+        ("1,4", "0,1,2,3", None),
+        ("", "0,1", None),
+        ("1(x2)", "", None),
+    ],
+)
+def test_a_task_that_is_alone_on_its_node_takes_all_its_gpus(tasks, visible, expected, monkeypatch):
+    given = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: given.append(args))
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    parallel.start()
+    assert given == [(None, None, None, expected)]
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda"])
+def test_dockerfiles_copy_what_is_there_and_ask_for_extras_that_exist(name):
+    root = Path(__file__).parents[1]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    lines = [line for line in (root / "docker" / f"{name}.Dockerfile").read_text().splitlines() if line[:1] != "#"]
+    parts = [line.split(maxsplit=1) for line in lines]
+    assert [word for word, _ in parts] == [
+        *("FROM", "WORKDIR", "COPY", "COPY", "COPY", "COPY", "RUN", "WORKDIR", "ENTRYPOINT", "CMD")
+    ]
+    copied = [source for word, rest in parts if word == "COPY" for source in rest.split()[:-1]]
+    assert all((root / source).exists() for source in copied)
+    wheel = {"jaxvit", "convert", "experiments", "pyproject.toml", "README.md", "LICENSE"}
+    assert set(copied) == wheel  # all that a wheel is built of
+    (asked,) = re.findall(r'"\.\[(.*)\]"', dict(parts)["RUN"])
+    assert set(asked.split(",")) <= set(extras) and f"jax[{'tpu' if name == 'tpu' else 'cuda13'}]" in dict(parts)["RUN"]
+    assert json.loads(dict(parts)["ENTRYPOINT"]) == ["jaxvit"]

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
+import re
 import secrets
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -206,6 +208,7 @@ def start(
     """Joins this process to the others of its run; before anything else of JAX.
 
     Without arguments JAX finds the others by itself: on TPU virtual machines, under SLURM, Open MPI or Kubernetes.
+    Under SLURM a task that is alone on its node takes all GPUs that it sees; where there are several, each takes one.
 
     Args:
       coordinator: HOST:PORT of process 0, to which all of them connect.
@@ -221,9 +224,20 @@ def start(
         coordinator,
         processes,
         process_id,
+        gpus_of_task(),
         heartbeat_timeout_seconds=heartbeat,
         shutdown_timeout_seconds=2 * heartbeat,
     )
+
+
+def gpus_of_task() -> list[int] | None:
+    """Numbers of the GPUs of a SLURM task that is alone on its node, of which JAX would take the first alone.
+
+    None: what JAX takes by itself.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    alone = re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return list(range(len(visible.split(",")))) if alone and visible else None
 
 
 def wait(name: str = "") -> None:
