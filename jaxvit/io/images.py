@@ -25,7 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jaxvit.model.config import Preprocess, ViTConfig, both_sides
 
-Source = str | os.PathLike | bytes | Image.Image | np.ndarray | Array
+Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Array
 """One image: a path, the bytes of a file, a Pillow image, or uint8 pixels [H, W, C] or [H, W]."""
 
 FORMATS = {
@@ -153,7 +153,7 @@ def _image(source: Source, name: str, mode: str) -> Image.Image:
     return image
 
 
-def _open(source: str | os.PathLike | bytes | Image.Image, name: str) -> Image.Image:
+def _open(source: str | os.PathLike[str] | bytes | Image.Image, name: str) -> Image.Image:
     """The image, checked for size but not yet decoded."""
     bomb = f"{name} has more pixels than PIL.Image.MAX_IMAGE_PIXELS; raise that limit if you trust the image"
     if isinstance(source, Image.Image):
@@ -281,8 +281,9 @@ class Sizing:
                 f"{len(preprocess.mean)}: give a Preprocess(.., mean=.., std=..) of {config.channels} numbers each, or "
                 f"give the model arrays [B, H, W, {config.channels}] that you normalised"
             )
-        self.preprocess = preprocess.at(size) if crop else preprocess
-        self.patch, self.size = 0, size  # a patch of 0: crop
+        self.preprocess: Preprocess = preprocess.at(size) if crop else preprocess
+        self.size: int | tuple[int, int] | None = size
+        self.patch: int = 0  # a patch of 0: crop
         if crop:
             return
         if not isinstance(config, ViTConfig):
@@ -370,7 +371,7 @@ def centre(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
 # Folders and streams --------------------------------------------------------------------------------------------------
 
 
-def find_images(folder: str | os.PathLike) -> list[Path]:
+def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     """The images in a folder and its subfolders, linked ones too, by suffix (`SUFFIXES`), sorted; no hidden files.
 
     Raises:

@@ -51,7 +51,10 @@ class Features(Mapping[str, Any]):
     def __init__(
         self, arrays: Mapping[str, Any], names: Sequence[str], labels: np.ndarray | None, header: Mapping[str, Any]
     ):
-        self.arrays, self.names, self.labels, self.header = dict(arrays), list(names), labels, dict(header)
+        self.arrays: dict[str, Any] = dict(arrays)
+        self.names: list[str] = list(names)
+        self.labels: np.ndarray | None = labels
+        self.header: dict[str, Any] = dict(header)
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.arrays:

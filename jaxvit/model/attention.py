@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from jaxvit.model.config import ViTConfig
 from jaxvit.model.edits import times
-from jaxvit.model.layers import Linear, identity, make_norm, wide_dtype
+from jaxvit.model.layers import Linear, Norm, identity, make_norm, wide_dtype
 from jaxvit.model.tap import KnockoutFactor, Tap
 
 Rope = Callable[[Array], Array]
@@ -38,10 +38,11 @@ Kernel = Literal["auto", "xla", "cudnn"]
 class Attention(nnx.Module):
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
         # One matrix product for all three, whose heads are an axis that can be sharded.
-        self.qkv = Linear(c.width, (3, c.heads, c.head_size), c.qkv_bias, rngs)
-        self.q_norm, self.k_norm = (make_norm(c, c.head_size, c.qk_norm) for _ in range(2))
-        self.norm = make_norm(c, c.width, c.branch_norms)
-        self.proj = Linear((c.heads, c.head_size), c.width, c.proj_bias, rngs)
+        self.qkv: Linear = Linear(c.width, (3, c.heads, c.head_size), c.qkv_bias, rngs)
+        self.q_norm: Norm = make_norm(c, c.head_size, c.qk_norm)
+        self.k_norm: Norm = make_norm(c, c.head_size, c.qk_norm)
+        self.norm: Norm = make_norm(c, c.width, c.branch_norms)
+        self.proj: Linear = Linear((c.heads, c.head_size), c.width, c.proj_bias, rngs)
 
     def __call__(
         self, x_BTD: Array, tap: Tap, apply_rope: Rope = identity, kernel: Form = "auto", rows: int | None = None

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jaxvit.model.attention import fused_attention
 from jaxvit.model.config import ViTConfig
-from jaxvit.model.layers import ACTIVATIONS, Linear, make_norm
+from jaxvit.model.layers import ACTIVATIONS, Linear, Norm, make_norm
 
 
 class ClsPool(nnx.Module):
@@ -68,14 +68,17 @@ class AttentionPool(nnx.Module):
     reads_patches = True
 
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
-        self.latent = nnx.Param(nnx.initializers.truncated_normal(c.width**-0.5)(rngs.params(), (c.width,)))
-        self.q = Linear(c.width, c.width, True, rngs)
-        self.kv = Linear(c.width, (2, c.heads, c.head_size), True, rngs)
-        self.proj = Linear(c.width, c.width, True, rngs)
-        self.norm = make_norm(c)
-        self.fc1 = Linear(c.width, c.hidden, True, rngs)
-        self.fc2 = Linear(c.hidden, c.width, True, rngs)
-        self.prefix_too, self.activation = c.pool_prefix, c.mlp
+        self.latent: nnx.Param[Array] = nnx.Param(
+            nnx.initializers.truncated_normal(c.width**-0.5)(rngs.params(), (c.width,))
+        )
+        self.q: Linear = Linear(c.width, c.width, True, rngs)
+        self.kv: Linear = Linear(c.width, (2, c.heads, c.head_size), True, rngs)
+        self.proj: Linear = Linear(c.width, c.width, True, rngs)
+        self.norm: Norm = make_norm(c)
+        self.fc1: Linear = Linear(c.width, c.hidden, True, rngs)
+        self.fc2: Linear = Linear(c.hidden, c.width, True, rngs)
+        self.prefix_too: bool = c.pool_prefix
+        self.activation: str = c.mlp
 
     def __call__(self, x_BTD: Array, prefix: int) -> Array:
         x = x_BTD if self.prefix_too else x_BTD[:, prefix:]
@@ -102,7 +105,7 @@ class LinearHead(nnx.Module):
 
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
         width = 2 * c.width if c.pool == "cls_mean" else c.width
-        self.linear = Linear(width, c.classes or c.projection, c.classes > 0, rngs)
+        self.linear: Linear = Linear(width, c.classes or c.projection, c.classes > 0, rngs)
 
     def __call__(self, pooled_BD: Array, x_BTD: Array, prefix: int) -> Array:
         return self.linear(pooled_BD)
@@ -112,7 +115,8 @@ class DistilledHead(nnx.Module):
     """The mean of two classifiers, one of [CLS] and one of the distillation token."""
 
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
-        self.linear, self.distilled = (Linear(c.width, c.classes, True, rngs) for _ in range(2))
+        self.linear: Linear = Linear(c.width, c.classes, True, rngs)
+        self.distilled: Linear = Linear(c.width, c.classes, True, rngs)
 
     def __call__(self, pooled_BD: Array, x_BTD: Array, prefix: int) -> Array:
         return (self.linear(x_BTD[:, 0]) + self.distilled(x_BTD[:, prefix - 1])) / 2
@@ -122,7 +126,11 @@ def no_head(pooled_BD: Array, x_BTD: Array, prefix: int) -> None:
     return None
 
 
-def make_head(c: ViTConfig, rngs: nnx.Rngs) -> Callable[[Array, Array, int], Array | None]:
+Head = Callable[[Array, Array, int], Array | None]
+"""Of what is pooled, the tokens, and how many stand before the patches."""
+
+
+def make_head(c: ViTConfig, rngs: nnx.Rngs) -> Head:
     if not c.classes and not c.projection:
         return no_head
     return DistilledHead(c, rngs) if c.pool == "distilled" else LinearHead(c, rngs)

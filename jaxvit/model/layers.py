@@ -64,9 +64,11 @@ class Linear(nnx.Module):
     def __init__(self, inputs: int | Sequence[int], outputs: int | Sequence[int], bias: bool, rngs: nnx.Rngs):
         ins, outs = ((n,) if isinstance(n, int) else tuple(n) for n in (inputs, outputs))
         axes = dict(in_axis=tuple(range(len(ins))), out_axis=tuple(range(len(ins), len(ins) + len(outs))))
-        self.kernel = nnx.Param(jax.nn.initializers.lecun_normal(**axes)(rngs.params(), (*ins, *outs)))
-        self.bias = nnx.Param(jnp.zeros(outs)) if bias else None
-        self.axes = len(ins)
+        self.kernel: nnx.Param[Array] = nnx.Param(
+            jax.nn.initializers.lecun_normal(**axes)(rngs.params(), (*ins, *outs))
+        )
+        self.bias: nnx.Param[Array] | None = nnx.Param(jnp.zeros(outs)) if bias else None
+        self.axes: int = len(ins)
 
     def __call__(self, x: Array, part: slice = slice(None)) -> Array:
         """[*kept, *outputs], or only a part of the first axis of the outputs."""
@@ -81,8 +83,9 @@ class LayerNorm(nnx.Module):
     """
 
     def __init__(self, c: ViTConfig, size: int):
-        self.scale, self.bias = nnx.Param(jnp.ones(size)), nnx.Param(jnp.zeros(size))
-        self.eps = c.eps
+        self.scale: nnx.Param[Array] = nnx.Param(jnp.ones(size))
+        self.bias: nnx.Param[Array] = nnx.Param(jnp.zeros(size))
+        self.eps: float = c.eps
 
     def __call__(self, x: Array) -> Array:
         return rounded_once(self.normalise)(x, self.scale[...], self.bias[...])
@@ -97,8 +100,8 @@ class RmsNorm(nnx.Module):
     """Divides by the root of the mean square over the last axis. Computed as `LayerNorm`."""
 
     def __init__(self, c: ViTConfig, size: int):
-        self.scale = nnx.Param(jnp.ones(size))
-        self.eps = c.eps
+        self.scale: nnx.Param[Array] = nnx.Param(jnp.ones(size))
+        self.eps: float = c.eps
 
     def __call__(self, x: Array) -> Array:
         return rounded_once(self.normalise)(x, self.scale[...])
@@ -107,17 +110,19 @@ class RmsNorm(nnx.Module):
         return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * per_channel(scale, x)
 
 
-NORMS: dict[str, Callable[[ViTConfig, int], Callable[[Array], Array]]] = {"layer": LayerNorm, "rms": RmsNorm}
+Norm = Callable[[Array], Array]
+"""A norm over the last axis, or the identity."""
+NORMS: dict[str, Callable[[ViTConfig, int], Norm]] = {"layer": LayerNorm, "rms": RmsNorm}
 
 
-def make_norm(c: ViTConfig, size: int | None = None, present: bool = True) -> Callable[[Array], Array]:
+def make_norm(c: ViTConfig, size: int | None = None, present: bool = True) -> Norm:
     """The config's norm over vectors of `size`, a token's by default; or the identity in its place."""
     return NORMS[c.norm](c, size or c.width) if present else identity
 
 
 class LayerScale(nnx.Module):
     def __init__(self, c: ViTConfig):
-        self.gamma = nnx.Param(jnp.ones(c.width))
+        self.gamma: nnx.Param[Array] = nnx.Param(jnp.ones(c.width))
 
     def __call__(self, x: Array) -> Array:
         return x * per_channel(self.gamma[...], x)
@@ -148,10 +153,10 @@ class PlainMlp(nnx.Module):
     """fc2(activation(fc1(x)))."""
 
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
-        self.fc1 = Linear(c.width, c.hidden, c.proj_bias, rngs)
-        self.norm = make_norm(c, c.hidden, c.branch_norms)
-        self.fc2 = Linear(c.hidden, c.width, c.proj_bias, rngs)
-        self.activation = c.mlp
+        self.fc1: Linear = Linear(c.width, c.hidden, c.proj_bias, rngs)
+        self.norm: Norm = make_norm(c, c.hidden, c.branch_norms)
+        self.fc2: Linear = Linear(c.hidden, c.width, c.proj_bias, rngs)
+        self.activation: str = c.mlp
 
     def __call__(self, x_BTD: Array, tap: Tap) -> Array:
         pre = tap("mlp_pre", self.fc1(x_BTD))
@@ -167,15 +172,15 @@ class SwigluMlp(nnx.Module):
     """out(silu(gate(x)) * value(x))."""
 
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
-        self.gate = Linear(c.width, c.hidden, c.proj_bias, rngs)
-        self.value = Linear(c.width, c.hidden, c.proj_bias, rngs)
-        self.norm = make_norm(c, c.hidden, c.branch_norms)
-        self.out = Linear(c.hidden, c.width, c.proj_bias, rngs)
+        self.gate: Linear = Linear(c.width, c.hidden, c.proj_bias, rngs)
+        self.value: Linear = Linear(c.width, c.hidden, c.proj_bias, rngs)
+        self.norm: Norm = make_norm(c, c.hidden, c.branch_norms)
+        self.out: Linear = Linear(c.hidden, c.width, c.proj_bias, rngs)
 
     def __call__(self, x_BTD: Array, tap: Tap) -> Array:
         gate = tap("mlp_pre", self.gate(x_BTD))
         return self.out(self.norm(tap("mlp_post", gated(gate, self.value(x_BTD)))))
 
 
-def make_mlp(c: ViTConfig, rngs: nnx.Rngs) -> Callable[[Array, Tap], Array]:
+def make_mlp(c: ViTConfig, rngs: nnx.Rngs) -> PlainMlp | SwigluMlp:
     return SwigluMlp(c, rngs) if c.mlp == "swiglu" else PlainMlp(c, rngs)

@@ -22,7 +22,9 @@ class Tap:
     """
 
     def __init__(self, wanted: Mapping[str, bool], edits: Mapping[str, Sequence[Operation]], prefix: int):
-        self.wanted, self.edits, self.prefix = wanted, edits, prefix
+        self.wanted: Mapping[str, bool] = wanted
+        self.edits: Mapping[str, Sequence[Operation]] = edits
+        self.prefix: int = prefix
         self.trace: dict[str, Array] = {}
 
     def __call__(self, site: str, x: Array) -> Array:

@@ -24,8 +24,8 @@ from jaxtyping import Array, Float
 from jaxvit.model.attention import Attention, Form, Kernel, Rope, by_rows
 from jaxvit.model.config import ViTConfig
 from jaxvit.model.edits import Edits
-from jaxvit.model.heads import POOLS, make_head
-from jaxvit.model.layers import LayerScale, Linear, identity, make_mlp, make_norm
+from jaxvit.model.heads import POOLS, Head, Pool, make_head
+from jaxvit.model.layers import LayerScale, Linear, Norm, PlainMlp, SwigluMlp, identity, make_mlp, make_norm
 from jaxvit.model.positions import resample_positions
 from jaxvit.model.run import Outputs, Ran, Remat, check_choices, checked_edits, run_blocks
 from jaxvit.model.sites import Plan, Record, recording_plan
@@ -77,8 +77,7 @@ class Output(NamedTuple):
     projection: Float[Array, "B E"] | None
 
     def __repr__(self) -> str:
-        """Shapes, not numbers."""
-        return f"{type(self).__name__}({', '.join(f'{name}={shown(value)}' for name, value in self._asdict().items())})"
+        return shapes_of(self)
 
 
 class PrefixOutput(NamedTuple):
@@ -102,12 +101,18 @@ class PrefixOutput(NamedTuple):
     logits: Float[Array, "B C"] | None
     projection: Float[Array, "B E"] | None
 
-    __repr__ = Output.__repr__
+    def __repr__(self) -> str:
+        return shapes_of(self)
 
     def __getattr__(self, name: str) -> Any:
         if name in Output._fields:
             raise AttributeError(f"{name} were not computed: call the model with outputs='all'")
         raise AttributeError(f"a {type(self).__name__} has no {name!r}")
+
+
+def shapes_of(out: Output | PrefixOutput) -> str:
+    """An output as text: shapes, not numbers."""
+    return f"{type(out).__name__}({', '.join(f'{name}={shown(value)}' for name, value in out._asdict().items())})"
 
 
 def shown(value: object) -> str:
@@ -130,10 +135,12 @@ class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), each branch through its LayerScale."""
 
     def __init__(self, c: ViTConfig, rngs: nnx.Rngs):
-        self.norm1, self.norm2 = make_norm(c), make_norm(c)
-        self.attn = Attention(c, rngs)
-        self.mlp = make_mlp(c, rngs)
-        self.scale1, self.scale2 = (LayerScale(c) if c.layer_scale else identity for _ in range(2))
+        self.norm1: Norm = make_norm(c)
+        self.norm2: Norm = make_norm(c)
+        self.attn: Attention = Attention(c, rngs)
+        self.mlp: PlainMlp | SwigluMlp = make_mlp(c, rngs)
+        self.scale1: Norm = LayerScale(c) if c.layer_scale else identity
+        self.scale2: Norm = LayerScale(c) if c.layer_scale else identity
 
     def __call__(
         self, x_BTD: Array, tap: Tap, apply_rope: Rope = identity, kernel: Form = "auto", rows: int | None = None
@@ -171,30 +178,31 @@ class ViT(nnx.Module):
         c = config
         token = jax.nn.initializers.truncated_normal(0.02)
 
-        def tokens(*shape: int, present: bool = True) -> nnx.Param | None:
+        def tokens(*shape: int, present: bool = True) -> nnx.Param[Array] | None:
             return nnx.Param(token(rngs.params(), (*shape, c.width))) if present else None
 
         # Rows of the kernel: y, x, channel within a patch.
-        self.patch_embed = Linear(c.channels * c.patch**2, c.width, c.patch_bias, rngs)
-        self.patch_norm = make_norm(c, present=c.patch_norm)
-        self.cls = tokens(present=c.cls)
-        self.registers = tokens(c.registers, present=c.registers > 0)
-        self.positions = tokens(*c.grid, present=c.positions)
-        self.mask_token = tokens(present=c.mask_token)
-        self.pre_norm = make_norm(c, present=c.pre_norm)
+        self.patch_embed: Linear = Linear(c.channels * c.patch**2, c.width, c.patch_bias, rngs)
+        self.patch_norm: Norm = make_norm(c, present=c.patch_norm)
+        self.cls: nnx.Param[Array] | None = tokens(present=c.cls)
+        self.registers: nnx.Param[Array] | None = tokens(c.registers, present=c.registers > 0)
+        self.positions: nnx.Param[Array] | None = tokens(*c.grid, present=c.positions)
+        self.mask_token: nnx.Param[Array] | None = tokens(present=c.mask_token)
+        self.pre_norm: Norm = make_norm(c, present=c.pre_norm)
         make_blocks = jax.jit(jax.vmap(lambda key: Block(c, nnx.Rngs(key))))  # jit: one compilation, not one an array
-        self.blocks = make_blocks(jax.random.split(rngs.params(), c.depth))
-        self.norm = make_norm(c, present=c.final_norm != "none")
-        self.pool = POOLS[c.pool](c, rngs)
-        self.head = make_head(c, rngs)
-        self.config = c
+        self.blocks: Block = make_blocks(jax.random.split(rngs.params(), c.depth))
+        self.norm: Norm = make_norm(c, present=c.final_norm != "none")
+        self.pool: Pool = POOLS[c.pool](c, rngs)
+        self.head: Head = make_head(c, rngs)
+        self.config: ViTConfig = c
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self)
         dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
         return f"ViT({self.config.in_words()}: {sum(leaf.size for leaf in leaves):,} parameters of {dtypes})"
 
-    __str__ = __repr__  # NNX's own prints every number
+    def __str__(self) -> str:  # NNX's own prints every number
+        return repr(self)
 
     @property
     def layout(self) -> TokenLayout:
