@@ -272,7 +272,7 @@ def attribute(
     One backward pass gives the metric's gradient with respect to the value at every edited site. A point's estimate is
     its inner product with what the point's edit changes there: the directional derivative along the edit, at the clean
     run. A point costs no run of the model. Effects that are far from linear need `sweep`. So does a metric that is at
-    its maximum in the clean run, such as `cls_cosine`: its derivative is 0.
+    its maximum in the clean run: its derivative is 0. `cls_cosine` is such a metric, and is refused.
 
     Args, returns and raises: as of `sweep`; the metric gives one number for each image. On a mesh images are spread,
     not points: with several processes, `images` are those of this process, as for `jaxvit.over_images`.
@@ -285,6 +285,11 @@ def attribute(
         attribute(model, images, edits, grids.heads(model), lambda out, clean: out.logits[:, 207])  # [L, H, B]
     """
     _check(batch_size, grid)
+    if metric is cls_cosine:
+        raise ValueError(
+            "cls_cosine has no slope at the clean run, where it is at its maximum: use sweep, or a metric that can "
+            "rise and fall, such as a logit"
+        )
     batch_size = min(batch_size, len(grid))
     points, programs, results, labels = _filled(grid.points, batch_size), None, [], []
     takes = tuple({**as_takes(record_clean), "resid_pre": Take()}.items())

@@ -328,7 +328,10 @@ def read_content(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise CheckpointError(f"{folder} {what}: expected a folder written by jaxvit.save or jaxvit convert")
+        raise CheckpointError(
+            f"{folder} {what}: expected a folder written by jaxvit.save or jaxvit convert; hub ids and PyTorch's files "
+            "are read by jaxvit.convert.load"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         stored, _ = content["format"], content["config"]  # other software may write the one, but not both
