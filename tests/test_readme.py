@@ -44,11 +44,19 @@ PAGES = {
 
 
 def run_examples(page, monkeypatch, tmp_path):
-    """What the Python blocks of a page define, run as they stand in an empty folder, but for what is fetched."""
+    """What the Python blocks of a page define, run as they stand in an empty folder, but for what is fetched.
+
+    They get three crops of each photograph, of eight.
+    """
     pytest.importorskip("onnx")
-    data = ROOT / embedded.DATA
-    embedded.model_file(data), embedded.photographs(data)
-    (tmp_path / embedded.DATA).symlink_to(data)
+    data, few = ROOT / embedded.DATA, tmp_path / embedded.DATA / "photographs"
+    few.mkdir(parents=True)
+    (few.parent / embedded.model_file(data).name).symlink_to(embedded.model_file(data).absolute())
+    for photograph in embedded.photographs(data).iterdir():
+        (few / photograph.name).mkdir()
+        for crop in ("0.png", "1.png", "2.png"):
+            (few / photograph.name / crop).symlink_to((photograph / crop).absolute())
+    monkeypatch.setattr(embedded, "photographs", lambda: few)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
@@ -94,7 +102,7 @@ def test_examples_of_interventions(monkeypatch, tmp_path):
 
 def test_examples_of_features(monkeypatch, tmp_path):
     found = run_examples(PAGES["features.md"], monkeypatch, tmp_path)["found"]
-    assert [found[name].shape for name in found] == [(136, 384), (136, 2, 8, 8, 384)]
+    assert [found[name].shape for name in found] == [(51, 384), (51, 2, 8, 8, 384)]
 
 
 def test_examples_of_many_devices(monkeypatch, tmp_path):
