@@ -16,7 +16,7 @@ project, author, copyright = "jaxvit", "the jaxvit authors", "the jaxvit authors
 release = version = version_of("jaxvit")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_design"]
-exclude_patterns = ["formulas.md"]  # parts of it stand in the pages of experiments
+exclude_patterns = ["experiments/*"]  # parts of the pages in generated/experiments
 suppress_warnings = ["myst.header"]  # a page may leave out a level of headings
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_block"]

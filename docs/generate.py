@@ -19,7 +19,7 @@ import jaxvit
 from jaxvit import SITES, convert
 from jaxvit.convert.catalogue import known
 from jaxvit.convert.published import architectures
-from jaxvit.experiments.core.experiment import Experiment, Option
+from jaxvit.experiments.core.experiment import Experiment
 from jaxvit.experiments.runner.registry import EXPERIMENTS
 
 NOTEBOOKS = "notebooks"
@@ -36,10 +36,10 @@ def everything(docs: Path) -> None:
     write(place / "sites.svg", sites_svg())
     write(place / "models.md", models_page())
     told = json.loads(figures.TOLD.read_text(encoding="utf-8"))
-    formulas = quantities(docs)
     for e in EXPERIMENTS.values():
-        page = experiment_page(e, told, formulas.get(e.id, ""))
-        write(place / "experiments" / f"{e.id.lower()}.md", page)
+        name = f"{e.id.lower()}.md"
+        written = (docs / "experiments" / name).read_text(encoding="utf-8")
+        write(place / "experiments" / name, experiment_page(e, told, written))
     write(place / "experiments" / "index.md", experiment_index())
     pages = dict(api_pages((docs / "names.md").read_text(encoding="utf-8")))
     for name, page in pages.items():
@@ -151,51 +151,30 @@ def of_timm(facts: dict[str, object]) -> tuple[object, ...]:
 # Experiments ----------------------------------------------------------------------------------------------------------
 
 
-def quantities(docs: Path) -> dict[str, str]:
-    """Experiment -> what is computed, where a formula says it; from docs/formulas.md."""
-    text = (docs / "formulas.md").read_text(encoding="utf-8")
-    return dict(re.findall(r"^## (\w+)\n\n(.*?)(?=\n## |\Z)", text, re.MULTILINE | re.DOTALL))
-
-
-def experiment_page(e: Experiment, told: dict[str, Any], quantity: str = "") -> str:
+def experiment_page(e: Experiment, told: dict[str, Any], written: str) -> str:
     """What an experiment computes, its options, its command, and what the demo's models show.
 
     Args:
       told: what docs/figures.py took from a run.
-      quantity: a formula of what is computed.
+      written: the page of docs/experiments, which says how to read the figures; the numbers of the run go behind it.
     """
-    first = f"{e.figure.capitalize()} of the paper. " if e.figure else "It goes beyond the paper. "
-    text = [f"# {e.id}: {e.title}", first + e.shown]
-    if quantity:
-        text += ["## The quantity", quantity.strip()]
-    text += ["## What it computes", f"```text\n{e.help.strip()}\n```"]
-    if e.options:
-        rows = [(f"`{flag(e, o)}`", f"`{o.default}`", choices_of(o), o.help) for o in e.options]
-        head = [row("option", "default", "choices", "what"), "|---|---|---|---|"]
-        text += ["## Choices that the paper leaves open", "\n".join([*head, *(row(*each) for each in rows)])]
-    text += [
-        "## What the demo shows",
-        f"On {told['images']} photographs. DINOv2 small has no registers; `scenes R0` and `scenes R4` are small models "
-        "that this project trained on generated scenes, without and with 4 registers. They are no stand-in for "
-        "published ones. `make docs-data` made this section.",
-        *(f"![{e.title}](../../figures/{name}.png)" for name in figures.SHOWN[e.id]),
-    ]
+    # At home in docs/generated/experiments: links go up, but those to its neighbours.
+    text = [re.sub(r"\]\(\.\./", "](../../", written.strip()), *numbers_of(e, told)]
+    return "\n\n".join([*text, "## What its command says", f"```text\n{e.help.strip()}\n```"]) + "\n"
+
+
+def numbers_of(e: Experiment, told: dict[str, Any]) -> list[str]:
+    """The table of a run, and the statements that it tests."""
+    text = []
     if (table := told["tables"].get(e.id)) is not None:
         lines = [row(*table["head"]), "|" + "---|" * len(table["head"]), *(row(*each) for each in table["rows"])]
-        text += ["\n".join(lines), table["note"]]
+        text += ["## The numbers", "\n".join(lines), *filter(None, [table["note"]])]
     if claims := told["claims"].get(e.id):
         verdicts = {True: "holds", False: "does not hold", None: "not decided"}
         rows = [(verdicts[claim["holds"]], claim["text"], claim["on"], claim["by"]) for claim in claims]
         head = [row("", "statement", "on", "by"), "|---|---|---|---|"]
         text += ["## Statements that are tested", "\n".join([*head, *(row(*map(cell, each)) for each in rows)])]
-    controlled = "It is also measured under every replacement of [B2](b2.md). " if e.controlled else ""
-    text += ["## The command", f"    jaxvit {e.id} --models MODEL .. --images FOLDER --out OUT"]
-    text += [f"{controlled}[The paper, from one command](../../experiments.md) runs it with all others."]
-    return "\n\n".join(part for part in text if part) + "\n"
-
-
-def flag(e: Experiment, option: Option) -> str:
-    return f"--{e.id.lower()}-{option.name}".replace("_", "-")
+    return [*text, "`make docs-data` makes these numbers, and the figures."]
 
 
 def cell(text: str) -> str:
@@ -208,10 +187,6 @@ def experiment_index() -> str:
         "# One page for each experiment\n\nA1 to A9 are figures and equations of the paper, B1 to B7 go beyond it.\n\n"
         f"```{{toctree}}\n:maxdepth: 1\n\n{pages}\n```\n"
     )
-
-
-def choices_of(option: Option) -> str:
-    return ", ".join(f"`{choice}`" for choice in option.choices or ())
 
 
 # Names ----------------------------------------------------------------------------------------------------------------
