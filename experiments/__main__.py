@@ -40,7 +40,7 @@ from .models.subjects import Spec
 from .runner.dry_run import announce
 from .runner.folder import alone, present
 from .runner.progress import Place
-from .runner.registry import EVERY, EXPERIMENTS, PASSES, plug
+from .runner.registry import EVERY, EXPERIMENTS, PASSES, plugged
 from .runner.session import Session
 
 ROWS = 12
@@ -58,12 +58,17 @@ def main(arguments: list[str] | None = None) -> int:
             each.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--plugin", nargs="+", type=Path, default=[])
-    try:
-        for path in early.parse_known_args(arguments)[0].plugin:  # whose experiments the parser is to know
-            plug(path)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(plugged(early.parse_known_args(arguments)[0].plugin))  # the parser is to know them
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return commanded(arguments)
+
+
+def commanded(arguments: list[str] | None) -> int:
+    """Parses and runs a command."""
     made = parser()
     options = made.parse_args(arguments)
     if options.command == "list":

@@ -391,6 +391,7 @@ def test_an_experiment_of_ones_own_is_run_like_the_others(tmp_path, toys, argume
     image = jaxvit.prepare(toys / "images" / name, model.config)
     v = model(image, record="v").trace["v"][:, 0, model.prefix :]
     np.testing.assert_allclose(lengths[0], np.linalg.norm(v, axis=-1).mean((1, 2)), rtol=1e-5)
+    assert "Z1" not in EXPERIMENTS and "my_experiments" not in sys.modules  # a next run knows nothing of it
     (tmp_path / "empty.py").write_text("")
     assert "has no EXPERIMENT" in last_line(start(environment, "run", *arguments, "--plugin", tmp_path / "empty.py"))
 

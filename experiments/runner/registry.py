@@ -5,9 +5,11 @@ A module of the rooms `paper` and `beyond` that has `EXPERIMENT` is one; `PASS` 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -32,6 +34,35 @@ EXPERIMENTS: dict[str, Experiment] = {id: e for id, e in EVERY.items() if not e.
 """Those that are run where none is asked for by name."""
 PASSES: list[Pass] = [Clean(), Controls(), LabelledImages()]
 PASSES += [module.PASS for module in MODULES if hasattr(module, "PASS")]
+
+
+@contextlib.contextmanager
+def plugged(paths: Iterable[Path]) -> Iterator[None]:
+    """The experiments of files of one's own are known within the block, and forgotten behind it.
+
+    So a second run in one process takes the files as they are then, and a run without plug-ins knows none.
+    """
+    registries: list[dict[str, Experiment]] = [EVERY, EXPERIMENTS]
+    before, passes, modules, searched = (
+        [dict(each) for each in registries],
+        list(PASSES),
+        set(sys.modules),
+        list(sys.path),
+    )
+    paths = [Path(path).expanduser().absolute() for path in paths]
+    try:
+        for path in paths:
+            plug(path)
+        yield
+    finally:
+        for registry, known in zip(registries, before, strict=True):
+            registry.clear()
+            registry.update(known)
+        PASSES[:], sys.path[:] = passes, searched
+        folders = {str(path.parent) for path in paths}
+        for name in set(sys.modules) - modules:
+            if str(Path(getattr(sys.modules[name], "__file__", None) or "").parent) in folders:
+                del sys.modules[name]
 
 
 def plug(path: Path) -> Experiment:
