@@ -113,7 +113,9 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     """What a source may not tell itself; `Reading`."""
     parser.add_argument("--revision", help="commit, branch or tag of a hub id")
     parser.add_argument(
-        "--architecture", metavar="NAME", help="timm's name of the model; a bare file in timm's layout may need it"
+        "--architecture",
+        metavar="NAME",
+        help="timm's name of the model, which tells a bare file's heads, norms and preparation of photographs",
     )
     parser.add_argument(
         "--branch",
@@ -184,8 +186,12 @@ def _verify(folder: str | Path, source: str, sizes: Sequence[tuple[int, ...]] | 
     print(table(comparisons))
     passed = all(comparison.passed for comparison in comparisons.values())
     parity = json.loads((Path(folder) / PARITY).read_text(encoding="utf-8"))
+    provenance = jaxvit.describe(folder)
+    print(about(jaxvit.read_config(folder)[0], provenance))
     print(f"{verdict(parity)}; wrote {Path(folder) / PARITY}")
-    print(about(jaxvit.read_config(folder)[0], jaxvit.describe(folder)))
+    guessed = any(line.startswith("preprocess ") for line in provenance.assumptions)
+    assumed = ", which is an assumption: --architecture NAME or --set preprocess=.. settles it" if guessed else ""
+    print(f"not compared: how photographs are prepared{assumed}")
     return 0 if passed else 1
 
 

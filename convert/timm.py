@@ -58,7 +58,7 @@ def config(tensors: Tensors, hints: Mapping[str, Any]) -> Decided:
     custom = (c.width, c.depth) not in {kind[1:3] for kind in kinds()}
     guessed = ("mlp", "eps", "final_norm", "pool") if custom else ()
     assumed: dict[str, str] = dict.fromkeys(guessed, "as most of timm's models have it")
-    assumed["preprocess"] = "timm's models differ in it, and the file does not tell"
+    assumed["preprocess"] = "timm's models differ in it, and the file does not tell; --architecture NAME does"
     if c.final_norm == "pooled" and c.cls and hints.get("library") != "timm":
         both = "as timm and MAE have it where the last norm reads what is pooled"
         assumed |= {"pool": both, "eps": both}

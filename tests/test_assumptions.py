@@ -123,6 +123,20 @@ def test_a_verification_names_the_assumptions_that_it_shares(tmp_path, capsys):
     assert original_of(module_of(depth=1)).assumed == ()
 
 
+def test_a_verification_says_that_an_assumed_preparation_is_not_compared(tmp_path, capsys):
+    """A bare file in timm's names, whose model may have any preparation."""
+    source = write_safetensors(tmp_path / "some.safetensors", state_of(classes=2, heads=6))
+    line = "not compared: how photographs are prepared"
+    convert.convert(source, tmp_path / "a")
+    assert main(["verify", str(tmp_path / "a"), str(source), "--sizes", "32x32"]) == 0
+    said = f"{line}, which is an assumption: --architecture NAME or --set preprocess=.. settles it"
+    assert capsys.readouterr().out.splitlines()[-1] == said
+    assert "--architecture NAME" in " ".join(jaxvit.describe(tmp_path / "a").assumptions)
+    rule = 'preprocess={"resize": 32, "crop": 32}'
+    assert main([str(source), str(tmp_path / "b"), "--set", rule, "--verify"]) == 0
+    assert line in capsys.readouterr().out.splitlines()
+
+
 # Other fields ---------------------------------------------------------------------------------------------------------
 
 

@@ -65,7 +65,9 @@ def run_examples(page, monkeypatch, tmp_path):
 
 def test_examples_of_the_readme(monkeypatch, capsys, tmp_path):
     names = run_examples(README, monkeypatch, tmp_path)
-    masses = eval(capsys.readouterr().out)
+    masses, heads = map(eval, capsys.readouterr().out.splitlines())
+    assert len(heads) == 5 and all(set(where) == {"layer", "head"} for where, _ in heads)
+    assert [cosine for _, cosine in heads] == sorted(cosine for _, cosine in heads)
     assert list(masses) == ["cls", "patches"] and sum(masses.values()) == pytest.approx(1, abs=1e-5)
     effect = names["effect"]
     assert list(effect.axes) == ["layer", "head", "image"] and effect.values.shape == (12, 6, 1)
