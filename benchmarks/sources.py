@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -552,7 +553,8 @@ def _(folder: Path) -> Made:
 def _(folder: Path) -> Made:
     model = clip_model()
     path = folder / "ViT-S-14.pt"
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch gives TorchScript up; OpenAI's files stay as they are
         torch.jit.save(torch.jit.trace(_Called(model.visual), torch.zeros(1, 3, 28, 28), check_trace=False), str(path))
     return Made(path, model.visual, {"config": {"mlp": "gelu"}})
 
