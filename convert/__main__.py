@@ -190,7 +190,7 @@ def _verify(folder: str | Path, source: str, sizes: Sequence[tuple[int, ...]] | 
     print(about(jaxvit.read_config(folder)[0], provenance))
     print(f"{verdict(parity)}; wrote {Path(folder) / PARITY}")
     guessed = any(line.startswith("preprocess ") for line in provenance.assumptions)
-    assumed = ", which is an assumption: --architecture NAME or --set preprocess=.. settles it" if guessed else ""
+    assumed = ", which is an assumption: --set preprocess=.. settles it" if guessed else ""
     print(f"not compared: how photographs are prepared{assumed}")
     return 0 if passed else 1
 

@@ -129,7 +129,7 @@ def test_a_verification_says_that_an_assumed_preparation_is_not_compared(tmp_pat
     line = "not compared: how photographs are prepared"
     convert.convert(source, tmp_path / "a")
     assert main(["verify", str(tmp_path / "a"), str(source), "--sizes", "32x32"]) == 0
-    said = f"{line}, which is an assumption: --architecture NAME or --set preprocess=.. settles it"
+    said = f"{line}, which is an assumption: --set preprocess=.. settles it"
     assert capsys.readouterr().out.splitlines()[-1] == said
     assert "--architecture NAME" in " ".join(jaxvit.describe(tmp_path / "a").assumptions)
     rule = 'preprocess={"resize": 32, "crop": 32}'
